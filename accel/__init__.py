@@ -1,0 +1,1 @@
+"""Faster language-model inference with artifacts distilled for your model."""

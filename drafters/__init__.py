@@ -1,0 +1,1 @@
+"""Model-free and model-based guessers of next tokens, imported as ``accel.drafters``."""

@@ -1,0 +1,60 @@
+"""What a drafter is: something that guesses a row's next tokens. Knows nothing of the target that checks them.
+
+Rows are named by the caller (any int). A drafter sees every final token exactly once, through ``open`` (the
+prompt) and ``observe`` (what the target kept), and must never assume that a proposal was accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A guess at a row's next tokens, in the target's vocabulary.
+
+    ``tokens``: k ids, k ≥ 0. ``probs``: float ``[k, V]``, the distributions the tokens were *sampled* from, or
+    None for a deterministic guess (a point mass: it is then accepted with the target's own probability of it).
+    ``confidence``: k numbers in [0, 1], the drafter's own belief in each token; calibrated by the caller.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    probs: Tensor | None = None
+    confidence: list[float] = field(default_factory=list)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One row's wish in a round of drafting.
+
+    ``max_tokens`` bounds the guess. ``sample`` asks for tokens drawn from the drafter's distribution (with
+    ``probs``) where it has one; ``warp`` [n, V] → [n, V] applies the row's own temperature and truncation to the
+    drafter's logits. ``keep_going(confidences) -> bool`` is asked after each token by drafters whose tokens cost
+    something: False ends the row's draft early.
+    """
+
+    row: int
+    max_tokens: int
+    sample: bool = False
+    warp: Callable[[Tensor], Tensor] | None = None
+    keep_going: Callable[[Sequence[float]], bool] | None = None
+
+
+@runtime_checkable
+class Drafter(Protocol):
+    """See the module's docstring for the order of calls: open, then (propose, observe)*, then close."""
+
+    name: str
+    # True where proposing is so cheap (microseconds) that a wrong guess costs only its verification
+    free: bool
+
+    def open(self, row: int, prompt: Sequence[int], seed: int) -> None: ...
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]: ...
+    def observe(self, row: int, tokens: Sequence[int]) -> None: ...
+    def close(self, row: int) -> None: ...
+    def state_bytes(self) -> int: ...
