@@ -8,8 +8,9 @@ from setuptools import find_packages, setup
 
 MAPPED = {"accel.kernels": "kernels", "accel.drafters": "drafters", "accel.bench": "bench"}
 
-packages = find_packages(include=["accel", "accel.*"])
+# a set: the links that `make setup` lays for type checkers show the mapped folders a second time
+packages = set(find_packages(include=["accel", "accel.*"]))
 for name, folder in MAPPED.items():
-    packages += [name, *(f"{name}.{sub}" for sub in find_packages(folder))]
+    packages |= {name, *(f"{name}.{sub}" for sub in find_packages(folder))}
 
-setup(packages=sorted(set(packages) - {f"{name}.results" for name in MAPPED}), package_dir=MAPPED)
+setup(packages=sorted(packages), package_dir=MAPPED)

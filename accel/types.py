@@ -92,6 +92,10 @@ class Stats:
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
 
+    def discard(self, tokens: int) -> None:
+        """Take back accepted tokens that fell behind a row's end (end of sequence, stop string, length)."""
+        self.accepted_tokens -= min(tokens, self.accepted_tokens)
+
     def add_seconds(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 

@@ -1,0 +1,100 @@
+"""Deciding a round of drafted tokens: how many the target keeps and which token follows. See README.md.
+
+Everything random comes in as uniforms, so a verdict is a function of its inputs and a row never depends on its
+neighbours. Knows nothing of models, drafters or generators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from accel.kernels.verify import reference
+from accel.kernels.verify.reference import Lenience, Verdict, accept, draw, f, residual
+
+__all__ = ["Lenience", "Verdict", "accept", "draw", "f", "residual", "verify"]
+
+
+def verify(
+    scores: Tensor,
+    tokens: Tensor,
+    lengths: Tensor,
+    *,
+    q: Tensor | None = None,
+    greedy: bool = False,
+    uniforms: Tensor | None = None,
+    acceptance: str = "token",
+    lenience: Lenience | None = None,
+) -> Verdict:
+    """Keep a prefix of each row's draft so that what is emitted follows the target.
+
+    scores [R, K+1, V], tokens [R, K], lengths [R] → n_accepted [R], next_token [R] (int64)
+
+    ``scores``: floating point, the target's processed logits (-inf allowed) at the K drafted positions and one more.
+    ``tokens``, ``lengths``: int64; only the first lengths[r] ≤ K tokens of row r count, and what scores, tokens, q
+    and uniforms hold for the others is never looked at (lengths[r] is where the bonus token's scores stand).
+    ``q``: floating point [R, K, V], the distributions the tokens were sampled from, or None for certain guesses.
+    ``greedy``: keep the longest prefix of argmaxes; the first index wins ties. q and uniforms are then not used.
+    ``uniforms``: float64 [R, K+1] in [0, 1): column i < K tests drafted token i, column K draws the next token.
+    ``acceptance``: "token" (Leviathan et al. 2023) or "block" (Sun et al. 2024: never shorter in expectation).
+    ``lenience``: None (lossless) or (rule, ε), rule one of "lin", "sq", "exp": DistillSpec's lossy acceptance.
+    """
+    _check_shapes(scores, tokens, lengths, q, None if greedy else uniforms)
+    _check_rules(greedy, uniforms, acceptance, lenience)
+    tokens, lengths = tokens.to(scores.device), lengths.to(scores.device)
+    uniforms = None if uniforms is None or greedy else uniforms.to(scores.device)
+    _check_values(scores, tokens, lengths, uniforms)
+    return reference.verify(
+        scores,
+        tokens,
+        lengths,
+        q=q,
+        greedy=greedy,
+        uniforms=uniforms,
+        acceptance=acceptance,
+        lenience=lenience,
+    )
+
+
+def _check_shapes(scores: Tensor, tokens: Tensor, lengths: Tensor, q: Tensor | None, uniforms: Tensor | None) -> None:
+    if scores.ndim != 3 or scores.shape[1] < 1 or scores.shape[2] < 1 or not scores.is_floating_point():
+        raise ValueError(f"scores is {_kind(scores)}: it must be floating point [R, K+1, V] with K ≥ 0 and V ≥ 1")
+    R, K, V = scores.shape[0], scores.shape[1] - 1, scores.shape[2]
+    given = f"for scores [{R}, {K + 1}, {V}] it must be"
+    if tokens.shape != (R, K) or tokens.dtype != torch.int64:
+        raise ValueError(f"tokens is {_kind(tokens)}: {given} int64 [R, K] = [{R}, {K}]")
+    if lengths.shape != (R,) or lengths.dtype != torch.int64:
+        raise ValueError(f"lengths is {_kind(lengths)}: {given} int64 [R] = [{R}]")
+    if q is not None and (q.shape != (R, K, V) or not q.is_floating_point() or q.device != scores.device):
+        raise ValueError(f"q is {_kind(q)}: {given} floating point [R, K, V] = [{R}, {K}, {V}] on {scores.device}")
+    if uniforms is not None and (uniforms.shape != (R, K + 1) or uniforms.dtype != torch.float64):
+        raise ValueError(f"uniforms is {_kind(uniforms)}: {given} float64 [R, K+1] = [{R}, {K + 1}]")
+
+
+def _check_rules(greedy: bool, uniforms: Tensor | None, acceptance: str, lenience: Lenience | None) -> None:
+    if acceptance not in ("token", "block"):
+        raise ValueError(f"acceptance={acceptance!r}: choose 'token' or 'block'")
+    if lenience is not None:
+        f(torch.ones(()), lenience)  # refuses unknown rules and ε
+        if acceptance == "block":
+            raise ValueError("lenience with acceptance='block': lenience is allowed only with acceptance='token'")
+    if uniforms is None and not greedy:
+        raise ValueError("uniforms=None: sampling needs uniforms [R, K+1]; pass them, or greedy=True for the argmax")
+
+
+def _check_values(scores: Tensor, tokens: Tensor, lengths: Tensor, uniforms: Tensor | None) -> None:
+    K, V = tokens.shape[1], scores.shape[2]
+    if bool(((lengths < 0) | (lengths > K)).any()):
+        raise ValueError(f"lengths={lengths.tolist()}: each must lie in 0..K, K={K} being the width of tokens")
+    drafted = torch.arange(K, device=tokens.device) < lengths[:, None]
+    if bool((((tokens < 0) | (tokens >= V)) & drafted).any()):
+        raise ValueError(f"tokens holds ids outside 0..{V - 1}: draft in the vocabulary of scores (V={V})")
+    if uniforms is not None:
+        # the last column always counts, the others where there is a token to test
+        used = torch.cat([drafted, drafted.new_ones(len(drafted), 1)], 1)
+        if not bool((((uniforms >= 0) & (uniforms < 1)) | ~used).all()):
+            raise ValueError("uniforms holds values outside [0, 1): draw them with torch.rand(..., dtype=float64)")
+
+
+def _kind(x: Tensor) -> str:
+    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

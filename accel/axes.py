@@ -1,0 +1,72 @@
+"""The three contracts that every method plugs into, one each. Composition happens here and nowhere else.
+
+Target: what computes the logits.  Decoder: how tokens are decided.  Router: who answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from accel.types import Emission, Request, Stats
+
+
+@runtime_checkable
+class Target(Protocol):
+    """A model that can take back tokens: what verification needs, whatever the state is made of.
+
+    Rows are named by ints and independent: a row's logits do not depend on its neighbours, its padding or when it
+    was opened. Names are Python ints, and lengths are kept on the host, so that no step waits for the device to
+    learn what the host decided itself.
+    """
+
+    vocab_size: int
+    # positions the model has, None where nothing runs out (alibi, recurrent state)
+    max_positions: int | None
+    device: torch.device
+
+    def open(self, segments: Iterable[object] = ()) -> int: ...
+    def close(self, rows: Iterable[int]) -> None: ...
+
+    def fork(self, row: int, copies: int) -> list[int]:
+        """``copies`` new rows with the context of ``row``, sharing it."""
+
+    def num_positions(self, row: int) -> int:
+        """Position of the row's next token."""
+
+    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+        """[R, n] → logits [R, n, V]: n more tentative positions behind those that are tentative already.
+
+        ``keep`` asks for the logits of some of the n positions only.
+        """
+
+    def commit(self, keep: Sequence[int], rows: Sequence[int]) -> None:
+        """Keep the first ``keep[r]`` tentative positions of each row and drop the rest."""
+
+    def state_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """Turns admitted requests into final tokens, a step at a time."""
+
+    stats: Stats
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Prefill the requests' prompts into new rows."""
+
+    def step(self) -> list[Emission]:
+        """Tokens that are now final, for the live rows that gained any."""
+
+    def evict(self, request_ids: Sequence[int]) -> None:
+        """Drop rows, finished or not."""
+
+
+@runtime_checkable
+class Router(Protocol):
+    """Decides who answers a request and hands out the answer in pieces."""
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[Emission]: ...

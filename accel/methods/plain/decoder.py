@@ -1,0 +1,149 @@
+"""Plain decoding: one token a step and row. Also the row bookkeeping that other decoders build on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.axes import Target
+from accel.sampling import RowSampler, batch_scores, draw_rows
+from accel.types import Emission, Request, Stats
+
+
+@dataclass(frozen=True)
+class PlainOptions:
+    """Plain decoding has no options of its own."""
+
+
+@dataclass
+class LiveRow:
+    """A request being decoded: its row in the target and the last final token, which the target has not read yet."""
+
+    request: Request
+    row: int
+    sampler: RowSampler
+    pending: int = 0
+    num_emitted: int = 0
+
+    @property
+    def num_left(self) -> int:
+        """Tokens the request may still gain."""
+        return self.request.max_new_tokens - self.num_emitted
+
+
+class RowDecoder:
+    """Admission, prefill and eviction of independent rows; subclasses say what a step is."""
+
+    def __init__(self, target: Target, stats: Stats) -> None:
+        self.target = target
+        self.stats = stats
+        self.live: dict[int, LiveRow] = {}
+        self._ready: list[Emission] = []
+
+    def admit(self, requests: Sequence[Request]) -> None:
+        """Prefill the prompts and draw each row's first token, which the next step() hands out.
+
+        Requests with the same prompt share one prefill and one copy of its state.
+        """
+        start = time.perf_counter()
+        groups: dict[tuple[int, ...], list[Request]] = {}
+        for request in requests:
+            groups.setdefault(tuple(request.prompt.tolist()), []).append(request)
+        # padding a batch of prompts wastes arithmetic, which a CPU has none to spare of
+        batches = [[g] for g in groups.values()] if self.target.device.type == "cpu" else [list(groups.values())]
+        admitted: list[LiveRow] = []
+        first_logits: list[Tensor] = []
+        for batch in batches:
+            prompts = [group[0].prompt for group in batch]
+            rows = [self.target.open() for _ in batch]
+            for group, row, logits in zip(batch, rows, self._prefill(prompts, rows), strict=True):
+                copies = self.target.fork(row, len(group) - 1) if len(group) > 1 else []
+                for request, name in zip(group, [row, *copies], strict=True):
+                    admitted.append(LiveRow(request, name, RowSampler(request)))
+                    first_logits.append(logits)
+        order = sorted(range(len(admitted)), key=lambda i: [r.id for r in requests].index(admitted[i].request.id))
+        admitted = [admitted[i] for i in order]
+        logits = torch.stack([first_logits[i] for i in order])
+        self.live.update({live.request.id: live for live in admitted})
+        self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
+        self.on_admitted(admitted)
+        self._ready += self.emit_one_each(admitted, logits)
+        self.stats.add_seconds("prefill", time.perf_counter() - start)
+
+    def evict(self, request_ids: Sequence[int]) -> None:
+        """Drop rows, finished or not; ids that were never admitted are fine."""
+        gone = [self.live.pop(id) for id in request_ids if id in self.live]
+        self.target.close([live.row for live in gone])
+        self.on_evicted(gone)
+
+    def step(self) -> list[Emission]:
+        """The tokens that are final now; the first call after an admission hands out the prefill's own."""
+        ready, self._ready = self._ready, []
+        return [e for e in ready if e.request_id in self.live] or (self.advance() if self.live else [])
+
+    def advance(self) -> list[Emission]:
+        """One round of target work over all live rows."""
+        raise TypeError(f"{type(self).__name__} must say what a step is")
+
+    def on_admitted(self, rows: Sequence[LiveRow]) -> None:
+        """Called with rows whose prompts are prefilled, before their first token is drawn."""
+
+    def on_evicted(self, rows: Sequence[LiveRow]) -> None:
+        """Called with rows that were dropped."""
+
+    def emit_one_each(self, rows: Sequence[LiveRow], logits: Tensor) -> list[Emission]:
+        """Draw one token a row from raw logits ``[R, V]``."""
+        needs_scores = any(r.request.keep_scores or not r.sampler.is_argmax for r in rows)
+        scores = batch_scores([r.sampler for r in rows], logits) if needs_scores else logits
+        tokens = draw_rows([r.sampler for r in rows], scores)
+        return [
+            self.emit(live, [token], logits[i : i + 1], scores[i : i + 1])
+            for i, (live, token) in enumerate(zip(rows, tokens, strict=True))
+        ]
+
+    def emit(self, live: LiveRow, tokens: list[int], logits: Tensor, scores: Tensor | None) -> Emission:
+        """Make tokens final: remember the last as pending, extend the row's history. logits, scores ``[k, V]``."""
+        live.pending = tokens[-1]
+        live.num_emitted += len(tokens)
+        live.sampler.push(tokens)
+        keep_scores = live.request.keep_scores and scores is not None
+        return Emission(
+            live.request.id,
+            tokens,
+            logits.float() if live.request.keep_logits else None,
+            scores.float() if keep_scores and scores is not None else None,
+        )
+
+    def _prefill(self, prompts: Sequence[Tensor], rows: Sequence[int]) -> Tensor:
+        """Read whole prompts into fresh rows; returns the logits after each, ``[R, V]``."""
+        lengths = [len(p) for p in prompts]
+        tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [R, longest]
+        ends = sorted({length - 1 for length in lengths})
+        logits = self.target.forward(tokens, rows, keep=ends)  # [R, len(ends), V]
+        self.target.commit(lengths, rows)
+        return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
+
+
+class PlainDecoder(RowDecoder):
+    """One target forward a step, one token a row."""
+
+    def __init__(self, target: Target, options: PlainOptions, stats: Stats) -> None:
+        super().__init__(target, stats)
+        stats.method, stats.lossless = "plain", True
+
+    def advance(self) -> list[Emission]:
+        start = time.perf_counter()
+        rows = list(self.live.values())
+        names = [live.row for live in rows]
+        tokens = torch.tensor([[live.pending] for live in rows], device=self.target.device)
+        logits = self.target.forward(tokens, names, keep=[0])[:, 0]
+        self.target.commit([1] * len(rows), names)
+        emissions = self.emit_one_each(rows, logits)
+        self.stats.target_calls += 1
+        self.stats.row_calls += len(rows)
+        self.stats.add_seconds("decode", time.perf_counter() - start)
+        return emissions

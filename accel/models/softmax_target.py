@@ -1,0 +1,104 @@
+"""The softmax target: any decoder-only transformers model whose rows advance, roll back and fork independently."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from accel.errors import ModelError
+from accel.models.attention import supports_rows, using_rows
+from accel.models.row_cache import RowCache, Segment, Step
+
+
+class SoftmaxTarget:
+    """Implements ``accel.axes.Target`` with a key-value cache (see row_cache.py).
+
+    Models that ``accel.models.attention`` knows read the rows directly; every other one gets left-padded tensors
+    and the two-dimensional mask that transformers' own batched generation would give it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config.get_text_config(decoder=True)
+        if model.config.is_encoder_decoder:
+            raise ModelError(f"{type(model).__name__} is an encoder-decoder: accel decodes decoder-only models")
+        self.model = model
+        self.config = config
+        self.device = model.device
+        self.vocab_size: int = config.vocab_size
+        self.reads_rows = supports_rows(config)
+        self.cache = RowCache(views=self.reads_rows)
+        accepted = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in accepted
+        self._takes_logits_to_keep = "logits_to_keep" in accepted
+        # alibi has no table or rotation to run out of
+        has_limit = not getattr(config, "alibi", False)
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if has_limit else None
+
+    def open(self, segments: Iterable[Segment] = ()) -> int:
+        """A new, empty row on a chain of shared segments; returns the row's name."""
+        return self.cache.open(segments)
+
+    def close(self, rows: Iterable[int]) -> None:
+        self.cache.close(rows)
+
+    def fork(self, row: int, copies: int) -> list[int]:
+        """``copies`` new rows with the context of ``row``, which becomes a segment that all of them share."""
+        self.cache.freeze(row)
+        return [self.cache.open(self.cache.rows[row].segments) for _ in range(copies)]
+
+    def num_positions(self, row: int) -> int:
+        """Position of the row's next token, behind everything committed."""
+        state = self.cache.rows[row]
+        return state.offset + state.tail_length
+
+    def state_bytes(self) -> int:
+        return self.cache.nbytes()
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+        """Add n tentative tokens to rows: ``[R, n]`` → logits ``[R, n, V]``; commit() decides how many stay.
+
+        ``keep`` names the positions (of 0 … n-1) whose logits are wanted, ``[R, len(keep), V]``; all by default.
+        """
+        n = tokens.shape[1]
+        step = self.cache.begin(rows, n)
+        inputs: dict[str, object] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        if self._takes_positions:
+            inputs["position_ids"] = self._positions(step)
+        if not self.reads_rows:
+            inputs["attention_mask"] = _left_padded_mask(step, tokens.device)
+        if keep is not None and self._takes_logits_to_keep:
+            # a slice is free where an index copies; decoding's one position needs neither
+            last = list(keep) == [n - 1]
+            inputs["logits_to_keep"] = 1 if last else torch.tensor(list(keep), device=tokens.device)
+        with using_rows(self.config) if self.reads_rows else nullcontext():
+            logits = self.model(**inputs).logits
+        if keep is not None and not self._takes_logits_to_keep:
+            logits = logits[:, list(keep)]
+        return logits
+
+    def commit(self, keep: Sequence[int], rows: Sequence[int]) -> None:
+        """Keep the first ``keep[r]`` tentative tokens of each row, drop the others."""
+        self.cache.commit(rows, keep)
+
+    def _positions(self, step: Step) -> Tensor:
+        first = torch.tensor(step.first_positions, device=self.device)
+        positions = first[:, None] + torch.arange(step.n, device=self.device)
+        if self.max_positions is not None:
+            # a row's unused look-ahead may run past a learned table; those logits are never read
+            positions.clamp_(max=self.max_positions - 1)
+        return positions
+
+
+def _left_padded_mask(step: Step, device: torch.device) -> Tensor | None:
+    """What batched generation passes: ``[R, context + n]``, ones on the right; None where nothing is padded."""
+    used = [before + step.n for before in step.num_tokens]
+    if min(used) == max(used):
+        return None
+    column = torch.arange(max(used), device=device)
+    return (column >= max(used) - torch.tensor(used, device=device)[:, None]).long()

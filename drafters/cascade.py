@@ -1,0 +1,70 @@
+"""Two drafters as one: the first is asked for every row, the second for rows where the first is not confident.
+
+Knows nothing of either but the Drafter protocol; meant for a free one in front of one that costs something.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from accel.drafters.base import Ask, Draft, Drafter
+from accel.errors import OptionError
+
+
+class CascadeDrafter:
+    """Keeps ``first``'s guess where its first token's confidence is at least ``threshold``, else asks ``then``.
+
+    Where ``then`` has no guess, ``first``'s stands. Both observe every token; ``Draft.source`` names the one that
+    drafted. The confidences of the two are not compared with each other, so they need not be on one scale.
+    """
+
+    def __init__(self, first: Drafter, then: Drafter, threshold: float = 0.6, name: str = "cascade") -> None:
+        if not 0 <= threshold <= 1:
+            raise OptionError(f"threshold={threshold}: must be in [0, 1], the confidence above which `first` is used")
+        if first is then:
+            raise OptionError(f"both drafters of the cascade are the same {first.name!r} object: give two drafters")
+        self.name = name
+        self.first = first
+        self.then = then
+        self.threshold = threshold
+        self.free = first.free and then.free
+
+    def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
+        self.first.open(row, prompt, seed)
+        try:
+            self.then.open(row, prompt, seed)
+        except BaseException:
+            # Half an open row could be neither opened again nor closed
+            self.first.close(row)
+            raise
+
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        drafts = [_signed(draft, self.first) for draft in self.first.propose(asks)]
+        unsure = [i for i, draft in enumerate(drafts) if not self._confident(draft)]
+        if unsure:
+            for i, draft in zip(unsure, self.then.propose([asks[i] for i in unsure]), strict=True):
+                if draft.tokens:
+                    drafts[i] = _signed(draft, self.then)
+        return drafts
+
+    def observe(self, row: int, tokens: Sequence[int]) -> None:
+        self.first.observe(row, tokens)
+        self.then.observe(row, tokens)
+
+    def close(self, row: int) -> None:
+        try:
+            self.first.close(row)
+        finally:
+            self.then.close(row)
+
+    def state_bytes(self) -> int:
+        return self.first.state_bytes() + self.then.state_bytes()
+
+    def _confident(self, draft: Draft) -> bool:
+        return bool(draft.tokens and draft.confidence) and draft.confidence[0] > self.threshold
+
+
+def _signed(draft: Draft, drafter: Drafter) -> Draft:
+    """The draft with its source named; a drafter that is itself a cascade has named it already."""
+    return draft if draft.source else replace(draft, source=drafter.name)

@@ -1,0 +1,187 @@
+"""A small causal language model as the drafter: it shares the target's tokenizer, and maybe only part of its vocabulary.
+
+Rows live in a ``SoftmaxTarget`` of the draft model. Final tokens are committed there; drafted ones stay tentative
+until ``observe`` tells which of them came true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from accel.drafters.base import Ask, Draft
+from accel.errors import AccelError, IncompatibleError
+from accel.models.softmax_target import SoftmaxTarget
+
+
+@dataclass(frozen=True)
+class VocabularyMap:
+    """A draft vocabulary that is part of the target's.
+
+    ``d2t``: int64 ``[draft vocabulary]``, the target id of each draft id (absolute ids, not offsets). ``unknown`` is
+    the draft id that stands for target tokens the draft has no id for when they are read.
+    """
+
+    d2t: Tensor
+    unknown: int
+    target_vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.d2t.ndim != 1 or self.d2t.unique().numel() != self.d2t.numel():
+            raise IncompatibleError("d2t must list each target id at most once, one entry a draft id")
+        if int(self.d2t.min()) < 0 or int(self.d2t.max()) >= self.target_vocab_size:
+            raise IncompatibleError(
+                f"d2t names target ids up to {int(self.d2t.max())}, but the target's vocabulary has {self.target_vocab_size}"
+            )
+        if not 0 <= self.unknown < len(self.d2t):
+            raise IncompatibleError(f"unknown={self.unknown} is no draft id: the draft vocabulary has {len(self.d2t)}")
+
+    def t2d(self) -> Tensor:
+        """int64 ``[target vocabulary]``: the draft id of each target id, ``unknown`` where there is none."""
+        table = torch.full((self.target_vocab_size,), self.unknown, dtype=torch.long)
+        table[self.d2t] = torch.arange(len(self.d2t))
+        return table
+
+
+@dataclass
+class _Row:
+    name: int
+    generator: torch.Generator
+    # final tokens (target ids) the draft model has not read yet
+    unread: list[int]
+    # drafted tokens (target ids) that the draft model has read tentatively
+    tentative: list[int] = field(default_factory=list)
+
+
+class SmallLMDrafter:
+    """Drafts with a causal language model, many rows at once, stopping each row as early as its ``keep_going`` says."""
+
+    name = "lm"
+    free = False
+
+    def __init__(
+        self, model: PreTrainedModel, target_vocab_size: int, vocabulary: VocabularyMap | None = None
+    ) -> None:
+        self.target = SoftmaxTarget(model)
+        self.model = model
+        self._vocab_size = target_vocab_size
+        self._map = vocabulary
+        expected = target_vocab_size if vocabulary is None else len(vocabulary.d2t)
+        if self.target.vocab_size != expected:
+            raise IncompatibleError(
+                f"the draft model has a vocabulary of {self.target.vocab_size} and the target of {target_vocab_size}: "
+                "use a draft with the target's tokenizer, a draft artifact with a vocabulary map, or pass tokenizers "
+                "(tokenizer=, assistant_tokenizer=) to translate between the two"
+            )
+        device = self.target.device
+        self._d2t = None if vocabulary is None else vocabulary.d2t.to(device)
+        self._t2d = None if vocabulary is None else vocabulary.t2d().to(device)
+        self._rows: dict[int, _Row] = {}
+
+    def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
+        if row in self._rows:
+            raise AccelError(f"row {row} is open already: close it first")
+        # the draft's randomness must be its own: the row's generator decides what is accepted
+        generator = torch.Generator().manual_seed((seed ^ 0x5EED_D12A) & 0x7FFF_FFFF_FFFF_FFFF)
+        self._rows[row] = _Row(self.target.open(), generator, list(prompt))
+
+    def close(self, row: int) -> None:
+        state = self._rows.pop(row, None)
+        if state is not None:
+            self.target.close([state.name])
+
+    def observe(self, row: int, tokens: Sequence[int]) -> None:
+        """Keep what came true of the tentative tokens; the rest of ``tokens`` is still to be read."""
+        state = self._rows[row]
+        kept = 0
+        while kept < min(len(tokens), len(state.tentative)) and tokens[kept] == state.tentative[kept]:
+            kept += 1
+        if state.tentative:
+            self.target.commit([kept], [state.name])
+        state.tentative = []
+        state.unread += tokens[kept:]
+
+    def state_bytes(self) -> int:
+        return self.target.state_bytes()
+
+    @torch.no_grad()
+    def propose(self, asks: Sequence[Ask]) -> list[Draft]:
+        """One draft per ask, in order; rows whose context is full draft nothing."""
+        drafts = {ask.row: _Growing(ask, self._rows[ask.row]) for ask in asks}
+        active = [d for d in drafts.values() if self._room(d) > 0]
+        logits = self._read(active)
+        while active:
+            for draft, row_logits in zip(active, logits, strict=True):
+                self._extend(draft, row_logits)
+            active = [d for d in active if len(d.tokens) < self._room(d) and d.wants_more()]
+            if active:
+                last = torch.tensor([[d.tokens[-1]] for d in active], device=self.target.device)
+                logits = self._forward(last, active, keep=[0])[:, 0]
+                for draft in active:
+                    draft.row.tentative.append(draft.tokens[-1])
+        return [drafts[ask.row].finish(self.name) for ask in asks]
+
+    def _room(self, draft: _Growing) -> int:
+        if self.target.max_positions is None:
+            return draft.ask.max_tokens
+        used = self.target.num_positions(draft.row.name) + len(draft.row.unread)
+        return min(draft.ask.max_tokens, self.target.max_positions - used)
+
+    def _read(self, drafts: Sequence[_Growing]) -> Tensor:
+        """Let the draft model read the rows' unread final tokens; logits after the last of each, ``[R, V]``."""
+        if not drafts:
+            return torch.empty(0)
+        lengths = [len(d.row.unread) for d in drafts]
+        padded = torch.zeros(len(drafts), max(lengths), dtype=torch.long, device=self.target.device)
+        for index, draft in enumerate(drafts):
+            padded[index, : lengths[index]] = torch.tensor(draft.row.unread)
+        ends = sorted({length - 1 for length in lengths})
+        logits = self._forward(padded, drafts, keep=ends)
+        self.target.commit(lengths, [d.row.name for d in drafts])
+        for draft in drafts:
+            draft.row.unread = []
+        return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
+
+    def _forward(self, tokens: Tensor, drafts: Sequence[_Growing], keep: list[int]) -> Tensor:
+        if self._t2d is not None:
+            tokens = self._t2d[tokens]
+        return self.target.forward(tokens, [d.row.name for d in drafts], keep)
+
+    def _extend(self, draft: _Growing, logits: Tensor) -> None:
+        """Choose the row's next drafted token from the draft model's logits ``[V]``."""
+        scores = logits.float() if draft.ask.warp is None else draft.ask.warp(logits[None])[0]
+        probabilities = scores.softmax(-1)
+        if draft.ask.sample:
+            choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
+            draft.probs.append(self._in_target_vocabulary(probabilities))
+        else:
+            choice = int(probabilities.argmax())
+        draft.confidence.append(float(probabilities[choice]))
+        draft.tokens.append(choice if self._d2t is None else int(self._d2t[choice]))
+
+    def _in_target_vocabulary(self, probabilities: Tensor) -> Tensor:
+        if self._d2t is None:
+            return probabilities
+        return probabilities.new_zeros(self._vocab_size).index_copy_(0, self._d2t, probabilities)
+
+
+@dataclass
+class _Growing:
+    """A row's draft while it grows."""
+
+    ask: Ask
+    row: _Row
+    tokens: list[int] = field(default_factory=list)
+    confidence: list[float] = field(default_factory=list)
+    probs: list[Tensor] = field(default_factory=list)
+
+    def wants_more(self) -> bool:
+        return self.ask.keep_going is None or self.ask.keep_going(self.confidence)
+
+    def finish(self, source: str) -> Draft:
+        probs = torch.stack(self.probs) if self.probs else None
+        return Draft(self.tokens, probs, self.confidence, source)

@@ -1,0 +1,170 @@
+"""Attention of a few new positions a row over shared immutable segments and the row's own tail, in plain PyTorch.
+
+Also the CPU path. A step's masks do not depend on the layer, so they are planned once (``plan``) and run for every
+layer (``prefix_attention``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class SharedKV:
+    """One immutable segment in one layer and the rows (indices into the batch) that read it.
+
+    ``keys``, ``values``: ``[Hkv, P, D]``, keys already rotated. ``first_position``: position of its first key.
+    """
+
+    keys: Tensor
+    values: Tensor
+    rows: tuple[int, ...]
+    first_position: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who sees which tail key, for one step and one window size.
+
+    ``mask``: additive ``[R, 1, n, L]``, or None where every query sees all L tail keys. ``causal``: the step is a
+    fresh prefill (n == L), so that SDPA's own causal mask says the same as ``mask`` without being built.
+    """
+
+    n: int
+    tail_length: int
+    first_query_positions: tuple[int, ...]
+    window: int | None
+    mask: Tensor | None
+    causal: bool
+
+
+def plan(
+    starts: Sequence[int],
+    n: int,
+    offsets: Sequence[int],
+    *,
+    window: int | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Plan:
+    """Plan one step: row r holds ``starts[r]`` tail tokens and now adds n, its tail begins at position ``offsets[r]``.
+
+    Query i of row r sees tail key j where ``j <= starts[r] + i`` and, with a window w, ``j > starts[r] + i - w``
+    (transformers' sliding-window rule; positions inside a tail are contiguous, so index differences suffice).
+    """
+    length = max(starts) + n
+    first = tuple(offset + start for offset, start in zip(offsets, starts, strict=True))
+    windowed = window is not None and length > window
+    if not windowed and not any(starts):
+        return Plan(n, length, first, window, None, causal=n > 1)
+    if n == 1 and not windowed and min(starts) == max(starts):
+        return Plan(n, length, first, window, None, causal=False)
+    query = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)  # [R, n]
+    key = torch.arange(length, device=device)
+    hidden = key > query[..., None]  # [R, n, L]
+    if window is not None:
+        hidden |= key <= query[..., None] - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
+    return Plan(n, length, first, window, mask[:, None], causal=False)
+
+
+def prefix_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: Plan,
+    segments: Sequence[SharedKV] = (),
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention over every segment of a row and its tail.
+
+    query ``[R, H, n, D]``; keys ``[R, Hkv, L, D]``, values ``[R, Hkv, L, Dv]`` (tails, right-padded with anything
+    finite) → ``[R, H, n, Dv]``. H is a multiple of Hkv (GQA).
+    """
+    if segments or softcap is not None:
+        return _merged(query, keys, values, plan, segments, scale, softcap)
+    rows, heads, n, _ = query.shape
+    groups = heads // keys.shape[1]
+    if plan.causal:
+        return F.scaled_dot_product_attention(
+            query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1
+        )
+    # Folding a group's heads into the query axis lets them share their key head without repeating it:
+    # the copy that repeating makes would grow with the context at every step.
+    folded = query.reshape(rows, keys.shape[1], groups * n, query.shape[-1])
+    mask = None if plan.mask is None else _fold_mask(plan.mask, groups)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(rows, heads, n, values.shape[-1])
+
+
+def _fold_mask(mask: Tensor, groups: int) -> Tensor:
+    """[R, 1, n, L] → [R, 1, groups · n, L], the mask repeated for every head of a group."""
+    rows, _, n, length = mask.shape
+    return mask[:, :, None].expand(rows, 1, groups, n, length).reshape(rows, 1, groups * n, length)
+
+
+def _merged(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: Plan,
+    segments: Sequence[SharedKV],
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """One softmax over several key sets: each gives (out, lse); lse weighs them together."""
+    rows, heads, n, dim = query.shape
+    kv_heads = keys.shape[1]
+    groups = heads // kv_heads
+    folded = query.reshape(rows, kv_heads, groups * n, dim).float()
+    mask = plan.mask
+    if plan.causal:
+        mask = torch.full((n, n), -math.inf, device=query.device).triu_(1).expand(rows, 1, n, n)
+    out, lse = _attend(folded, keys, values, None if mask is None else _fold_mask(mask, groups), scale, softcap)
+    for segment in segments:
+        index = torch.tensor(segment.rows, device=query.device)
+        chosen = folded[index]  # [S, Hkv, groups · n, D]
+        hidden = _segment_mask(plan, segment, groups, query.device)
+        # every row that reads the segment joins one query matrix, so its keys are read once for all of them
+        flat = chosen.transpose(0, 1).reshape(1, kv_heads, -1, dim)
+        seg_out, seg_lse = _attend(flat, segment.keys[None], segment.values[None], hidden, scale, softcap)
+        seg_out = seg_out.view(kv_heads, len(segment.rows), groups * n, -1).transpose(0, 1)
+        seg_lse = seg_lse.view(kv_heads, len(segment.rows), groups * n, 1).transpose(0, 1)
+        total = torch.logaddexp(lse[index], seg_lse)
+        merged = out[index] * (lse[index] - total).exp() + seg_out * (seg_lse - total).exp()
+        out, lse = out.index_copy(0, index, merged), lse.index_copy(0, index, total)
+    return out.to(query.dtype).reshape(rows, heads, n, values.shape[-1])
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """[.., Q, D] × [.., L, D] → out [.., Q, Dv] and log-sum-exp [.., Q, 1], in fp32; a query that sees nothing gets 0."""
+    scores = query @ keys.float().transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(-1, keepdim=True)
+    weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)).exp()
+    return weights @ values.float(), lse
+
+
+def _segment_mask(plan: Plan, segment: SharedKV, groups: int, device: torch.device) -> Tensor | None:
+    """Additive ``[1, 1, S · groups · n, P]`` for a sliding window over a segment; None without a window."""
+    if plan.window is None:
+        return None
+    first = torch.tensor([plan.first_query_positions[r] for r in segment.rows], device=device)
+    position = first[:, None] + torch.arange(plan.n, device=device)  # [S, n]
+    key = segment.first_position + torch.arange(segment.keys.shape[1], device=device)
+    hidden = key <= position[..., None] - plan.window  # [S, n, P]
+    mask = torch.zeros(hidden.shape, device=device).masked_fill_(hidden, -math.inf)
+    return mask[:, None].expand(-1, groups, -1, -1).reshape(1, 1, -1, segment.keys.shape[1])

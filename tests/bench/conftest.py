@@ -1,0 +1,77 @@
+"""A model small enough to generate in milliseconds, a byte tokenizer, and stand-ins for accel's public names."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import accel
+from accel.types import Stats
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(["</s>", *alphabet])}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=2048,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def fake_accel(monkeypatch: pytest.MonkeyPatch, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> list:
+    """accel.load gives the tiny model; attach and detach only note that they were called. Yields the calls."""
+    calls: list = []
+
+    def attach(target: LlamaForCausalLM, *artifacts: object, **options: object) -> LlamaForCausalLM:
+        calls.append(("attach", artifacts, options))
+        return target
+
+    def stats(target: LlamaForCausalLM) -> Stats:
+        return Stats(row_calls=4, drafted_tokens=8, accepted_tokens=4, cost_ratio=0.05)
+
+    loaded = SimpleNamespace(model=model, tokenizer=tokenizer)
+    monkeypatch.setattr(accel, "load", lambda name, **options: loaded, raising=False)
+    monkeypatch.setattr(accel, "attach", attach, raising=False)
+    monkeypatch.setattr(accel, "detach", lambda target: calls.append(("detach",)), raising=False)
+    monkeypatch.setattr(accel, "stats", stats, raising=False)
+    return calls
+
+
+@pytest.fixture
+def changed_generate(model: LlamaForCausalLM):
+    """A context manager: within it the model's generate() passes its result through ``change`` first."""
+
+    @contextlib.contextmanager
+    def changed(change):
+        original = model.generate
+        model.generate = lambda **kwargs: change(original(**kwargs), kwargs)
+        try:
+            yield model
+        finally:
+            del model.generate
+
+    return changed
