@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
+from accel.kernels.verify import draw
 from accel.types import Request
 
 # processors that look at the scores alone: any number of positions can be processed in one call
@@ -141,16 +142,5 @@ def draw_rows(samplers: Sequence[RowSampler], scores: Tensor) -> list[int]:
     for index, sampler in enumerate(samplers):
         if sampler.request.do_sample:
             weights = scores[index].double().softmax(-1)
-            tokens[index] = inverse_cdf(weights, float(sampler.uniforms(1)))
+            tokens[index] = draw(weights, float(sampler.uniforms(1)))
     return tokens
-
-
-def inverse_cdf(weights: Tensor, uniform: float) -> int:
-    """The index where the running sum of ``weights`` [V] (unnormalised) passes ``uniform`` · total; never one of weight 0."""
-    running = weights.cumsum(-1)
-    return int(torch.searchsorted(running, uniform * running[-1], right=True).clamp_(max=_last_positive(running)))
-
-
-def _last_positive(running: Tensor) -> int:
-    """Index of the last positive weight: rounding can push the sought value up to the total itself."""
-    return int(torch.searchsorted(running, running[-1], right=False))

@@ -25,7 +25,7 @@ SAMPLED = "sampled"
 # float32 logits of a batch of one and of several positions differ by some 1e-5 to 1e-4
 ABSOLUTE_TOLERANCE = 1e-3
 # in half precision rounding grows with the logits: this many units in the last place of the largest
-ULPS = 4
+ULPS = 2
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class CascadeDrafter:
         return self.first.state_bytes() + self.then.state_bytes()
 
     def _confident(self, draft: Draft) -> bool:
-        return bool(draft.tokens and draft.confidence) and draft.confidence[0] > self.threshold
+        return bool(draft.tokens and draft.confidence) and draft.confidence[0] >= self.threshold
 
 
 def _signed(draft: Draft, drafter: Drafter) -> Draft:

@@ -152,21 +152,25 @@ class SmallLMDrafter:
         return self.target.forward(tokens, [d.row.name for d in drafts], keep)
 
     def _extend(self, draft: _Growing, logits: Tensor) -> None:
-        """Choose the row's next drafted token from the draft model's logits ``[V]``."""
-        scores = logits.float() if draft.ask.warp is None else draft.ask.warp(logits[None])[0]
-        probabilities = scores.softmax(-1)
+        """Choose the row's next drafted token from the draft model's logits ``[V]`` (its own vocabulary)."""
         if draft.ask.sample:
-            choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
-            draft.probs.append(self._in_target_vocabulary(probabilities))
+            scores = self._in_target_vocabulary(logits.float())
+            if draft.ask.warp is not None:
+                scores = draft.ask.warp(scores[None])[0]
+            probabilities = scores.softmax(-1)
+            token = choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
+            draft.probs.append(probabilities)
         else:
+            probabilities = logits.float().softmax(-1)
             choice = int(probabilities.argmax())
+            token = choice if self._d2t is None else int(self._d2t[choice])
         draft.confidence.append(float(probabilities[choice]))
-        draft.tokens.append(choice if self._d2t is None else int(self._d2t[choice]))
+        draft.tokens.append(token)
 
-    def _in_target_vocabulary(self, probabilities: Tensor) -> Tensor:
+    def _in_target_vocabulary(self, logits: Tensor) -> Tensor:
         if self._d2t is None:
-            return probabilities
-        return probabilities.new_zeros(self._vocab_size).index_copy_(0, self._d2t, probabilities)
+            return logits
+        return logits.new_full((self._vocab_size,), -torch.inf).index_copy_(0, self._d2t, logits)
 
 
 @dataclass

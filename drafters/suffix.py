@@ -70,7 +70,7 @@ class SuffixDrafter:
                 if token < 0:
                     raise OptionError(f"corpus sequence {number} holds the token {token}: token ids are ≥ 0")
                 self._corpus.append(token)
-            # each separator is a new token, so that no match crosses one
+            # Each separator is new: equal ones would nest copies of a sequence deeper than counts are kept
             self._corpus.append(SEPARATOR - number)
         self._rows: Rows[_Row] = Rows(name)
 

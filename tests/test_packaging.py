@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -93,6 +95,34 @@ def test_every_folder_of_sources_is_a_package(root: Path) -> None:
         packages = {folder, *(f"{folder}.{name}" for name in find_packages(str(root / folder)))}
         for path in (root / folder).rglob("*.py"):
             assert ".".join(path.parent.relative_to(root).parts) in packages, f"{path.parent} lacks an __init__.py"
+
+
+def test_what_is_imported_is_declared(root: Path) -> None:
+    """Every library that the sources import stands among the dependencies, and is pinned in constraints.txt."""
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [line for extra in project["optional-dependencies"].values() for line in extra]
+    declared = {distribution(line) for line in [*project["dependencies"], *extras]}
+    imported = set()
+    for folder in ("accel", *MAPPED.values()):
+        for path in (root / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    imported |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                    imported.add(node.module.split(".")[0])
+    ours = {"accel"} | set(sys.stdlib_module_names)
+    missing = {name for name in imported - ours if name.lower().replace("_", "-") not in declared}
+    assert not missing, f"declare in pyproject.toml: {sorted(missing)}"
+    pinned = {distribution(line) for line in (root / "constraints.txt").read_text().splitlines() if "==" in line}
+    needed = {distribution(line) for line in [*project["dependencies"], *project["optional-dependencies"]["dev"]]}
+    assert needed <= pinned, f"pin in constraints.txt: {sorted(needed - pinned)}"
+
+
+def distribution(line: str) -> str:
+    """``huggingface_hub>=1.0; …`` → ``huggingface-hub``."""
+    match = re.match(r"[\w.-]+", line)
+    assert match, line
+    return match[0].lower().replace("_", "-")
 
 
 def test_wheel_works_away_from_the_repository(tmp_path: Path, wheel: zipfile.ZipFile) -> None:

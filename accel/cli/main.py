@@ -35,6 +35,7 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(module), attribute)
+        name_variables(command, f"ACCEL_{cmd_name.upper()}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -54,6 +55,16 @@ class LazyGroup(click.Group):
             if os.environ.get("ACCEL_DEBUG") == "1":
                 raise
             raise click.ClickException(one_line(error)) from error
+
+
+def name_variables(command: click.Command, prefix: str) -> None:
+    """Give each option the variable of its long name; click's own would follow Python's names (``as_json``)."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.envvar is None:
+            option.envvar = f"{prefix}_{max(option.opts, key=len).lstrip('-').replace('-', '_').upper()}"
+    if isinstance(command, click.Group):
+        for name, child in command.commands.items():
+            name_variables(child, f"{prefix}_{name.replace('-', '_').upper()}")
 
 
 def one_line(error: Exception) -> str:
@@ -78,22 +89,18 @@ def accel_version() -> str:
         return "unknown (run from a folder that is not installed)"
 
 
-@click.group(
-    cls=LazyGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "auto_envvar_prefix": "ACCEL", "show_default": True},
-)
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.option(
     "--version",
     is_flag=True,
     is_eager=True,
     expose_value=False,
-    allow_from_autoenv=False,
     callback=_print_version,
     help="Show the version and exit.",
 )
 def main() -> None:
     """Faster language-model inference with artifacts distilled for your model.
 
-    Every option of a command has an environment variable: `accel generate --model` is ACCEL_GENERATE_MODEL.
+    Every option can be given by an environment variable: `accel generate --model` reads ACCEL_GENERATE_MODEL.
     ACCEL_DEBUG=1 shows tracebacks.
     """

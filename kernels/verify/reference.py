@@ -42,8 +42,7 @@ def verify(
     """
     if greedy:
         return _verify_greedy(scores, tokens, lengths, lenience)
-    if uniforms is None:
-        raise ValueError("uniforms=None: sampling needs uniforms [R, K+1]; pass them, or greedy=True for the argmax")
+    assert uniforms is not None
     if acceptance == "block":
         n_accepted, weights = _verify_block(scores, tokens, lengths, q, uniforms)
     else:

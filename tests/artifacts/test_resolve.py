@@ -76,7 +76,7 @@ def test_a_long_list_is_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", "..", "../second/gamma", "maker/../../second/gamma", "a/b/c", "Alpha", "alpha\n", "/nope", "alpha/", "a b"],
+    ["", "../second/gamma", "maker/../../second/gamma", "a/b/c", "Alpha", "alpha\n", "/nope", "alpha/", "a b"],
 )
 def test_what_is_not_an_id(roots: list[Path], name: str) -> None:
     with pytest.raises(ArtifactError) as caught:

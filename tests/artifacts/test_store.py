@@ -46,7 +46,9 @@ def test_what_was_saved_is_what_is_read(artifact: Artifact, manifest: Manifest, 
     for name, content in tensors.items():
         loaded = opened.tensors(name)
         assert loaded.keys() == content.keys()
-        assert all(torch.equal(loaded[key], content[key]) and loaded[key].dtype == content[key].dtype for key in content)
+        assert all(
+            torch.equal(loaded[key], content[key]) and loaded[key].dtype == content[key].dtype for key in content
+        )
     assert opened.file("config.json").read_text() == "{}\n"
     assert all(check.ok for check in verify(opened))
     assert len(verify(opened)) == 4

@@ -60,4 +60,4 @@ def test_ending_elsewhere_fails(model, prompt, reference, change):
 def test_tolerance_grows_with_coarse_types_only():
     logits = torch.tensor([20.0, -3.0])
     assert gate.tolerance(logits, torch.float32) == gate.ABSOLUTE_TOLERANCE
-    assert gate.tolerance(logits, torch.bfloat16) == pytest.approx(4 * 2**-7 * 20)
+    assert gate.tolerance(logits, torch.bfloat16) == pytest.approx(2 * 2**-7 * 20)

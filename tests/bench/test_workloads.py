@@ -98,7 +98,9 @@ def test_encode_without_a_template_joins_the_turns(tokenizer):
 
 
 def test_encode_uses_the_chat_template(tokenizer, monkeypatch):
-    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
     monkeypatch.setattr(tokenizer, "chat_template", template)
     assert tokenizer.decode(encode(tokenizer, ["a"])[0]) == "<user>a>"
     assert tokenizer.decode(encode(tokenizer, ["a", "b"], ["r"])[0]) == "<user>a<assistant>r<user>b>"

@@ -154,6 +154,21 @@ def test_the_majority_wins_over_the_most_recent():
     assert draft.confidence == [belief(2, 3, matched=2)]
 
 
+def test_the_most_recent_wins_among_equals():
+    drafter = unbounded()
+    drafter.open(0, [1, 5, 1, 6, 1, 6, 0, 1, 5, 9, 1], seed=0)
+    assert propose(drafter, max_tokens=1).tokens == [5]
+    drafter.open(1, [1, 5, 1, 6, 0, 1, 5, 9, 1, 6, 8, 1], seed=0)
+    assert propose(drafter, row=1, max_tokens=1).tokens == [6]
+
+
+def test_all_copies_of_a_sequence_in_the_corpus_are_counted():
+    copies = 2 * LINKS_COUNTED
+    drafter = unbounded(corpus=[[1, 2, 3]] * copies)
+    drafter.open(0, [1, 2], seed=0)
+    assert propose(drafter, max_tokens=1).confidence == [belief(copies, copies, matched=2)]
+
+
 def test_a_loop_is_continued_past_the_end_of_the_text():
     drafter = unbounded()
     drafter.open(0, [9, 1, 2, 3, 1, 2, 3], seed=0)
@@ -164,6 +179,12 @@ def test_belief_grows_with_the_context_and_with_agreement():
     assert belief(1, 1, matched=1) == pytest.approx(1 / 3)
     assert belief(1, 1, matched=1) < belief(1, 1, matched=2) < belief(1, 1, matched=20) < 1
     assert belief(1, 3, matched=2) < belief(2, 3, matched=2) < belief(3, 3, matched=2) < 1
+
+
+def test_confidence_counts_the_tokens_drafted_so_far_as_context():
+    drafter = unbounded()
+    drafter.open(0, [1, 2, 3, 4, 1], seed=0)
+    assert propose(drafter, max_tokens=3).confidence == [belief(1, 1, 1), belief(1, 1, 2), belief(1, 1, 3)]
 
 
 def test_the_draft_is_bounded_by_the_match_the_ask_and_the_probability():
@@ -233,13 +254,14 @@ def test_bad_options_are_refused(options, message):
         SuffixDrafter(**options)
 
 
-def lines_run(work):
-    """How many lines of the automaton's module ``work`` executes: operations, whatever the machine."""
+def run_within(budget, work):
+    """Do ``work`` and fail once it has executed ``budget`` lines of the automaton's module, whatever the machine."""
     count = 0
 
     def on_line(frame, event, arg):
         nonlocal count
         count += event == "line"
+        assert count < budget, f"more than {budget} operations"
         return on_line
 
     before = sys.gettrace()
@@ -248,7 +270,7 @@ def lines_run(work):
         work()
     finally:
         sys.settrace(before)
-    return count
+    assert count, "no line of the automaton was seen"
 
 
 def thue_morse(size):
@@ -263,4 +285,4 @@ def thue_morse(size):
 def test_building_takes_a_bounded_number_of_operations_a_token(make):
     # 5 lines each for LINKS_COUNTED suffixes, and about 40 for the rest; a quadratic build would take thousands
     size = 20_000
-    assert lines_run(lambda: SuffixAutomaton(make(size))) < size * (5 * LINKS_COUNTED + 60)
+    run_within(size * (5 * LINKS_COUNTED + 60), lambda: SuffixAutomaton(make(size)))

@@ -217,6 +217,16 @@ def test_a_refusal_by_rounding_alone_falls_back_to_the_target():
     assert torch.equal(residual(p, q, 0), p)
 
 
+def test_a_block_refused_by_rounding_alone_keeps_what_came_before():
+    scores = torch.tensor([0.25, 0.75]).log().expand(1, 3, 2)
+    p = scores[0, 0].softmax(-1)
+    q = torch.stack([p, torch.nextafter(p, torch.ones(2))])[None]
+    uniforms = torch.tensor([[0.5, BELOW_ONE, 0.5]], dtype=torch.float64)
+    tokens, lengths = torch.tensor([[0, 0]]), torch.tensor([2])
+    verdict = verify(scores, tokens, lengths, q=q, uniforms=uniforms, acceptance="block")
+    assert (int(verdict.n_accepted), int(verdict.next_token)) == (1, 1)
+
+
 @given(
     weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.1, 1 / 3, 1.0, 7.0]), min_size=1, max_size=40).filter(any),
     u=st.one_of(st.sampled_from([0.0, 5e-324, 0.5, BELOW_ONE]), st.floats(0, 1, exclude_max=True)),

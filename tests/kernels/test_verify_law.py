@@ -24,8 +24,15 @@ LENIENCES = [None, ("lin", 0.5), ("sq", 0.7), ("exp", 0.3)]
 TARGET = torch.tensor(
     [[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.0, 0.5, 0.25, 0.25], [0.0, 0.0, 0.0, 1.0], [0.4, 0.3, 0.2, 0.1]]
 )
+# its first row overshoots a little and the next ones a lot: prefixes with 0 < P < 1 and S > 0, where blocks differ
 OTHER = torch.tensor(
-    [[0.5, 0.3, 0.1, 0.1], [0.1, 0.1, 0.1, 0.7], [0.6, 0.0, 0.4, 0.0], [0.25, 0.25, 0.25, 0.25], [0.1, 0.1, 0.2, 0.6]]
+    [
+        [0.5, 0.1, 0.1, 0.3],
+        [0.5, 0.02, 0.4, 0.08],
+        [0.6, 0.0, 0.4, 0.0],
+        [0.25, 0.25, 0.25, 0.25],
+        [0.5, 0.4, 0.05, 0.05],
+    ]
 )
 DRAFTS = {"right": TARGET, "wrong": OTHER, "partly": 0.5 * TARGET + 0.5 * OTHER}
 START = V

@@ -125,7 +125,7 @@ class FixedLength:
     def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool) -> int:
         return len(confidences)
 
-    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, verified: int) -> None: ...
+    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None: ...
 
 
 class AdaptiveLength:
@@ -177,7 +177,7 @@ class AdaptiveLength:
                 self._next_pause[row] = FIRST_PROBE
         return best if rates[best] >= LEAST_GAIN * rates[0] else 0
 
-    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, verified: int) -> None:
+    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None:
         """The first ``matches`` tokens turned out right, of ``labels`` whose outcome is known, trimmed ones included."""
         estimate = self._rows[row]
         for index in range(min(matches + 1, labels)):

@@ -1,0 +1,165 @@
+"""The public surface: attach, detach, generate, load, stats. Everything a user calls from Python starts here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from accel.engine.attached import SHARED_OPTIONS, STATE, Attached
+from accel.errors import AccelError, ModelError, OptionError
+from accel.methods import get
+from accel.models.loading import load_model
+from accel.types import Stats
+
+# stats of accel.generate(), which leaves no trace on the model
+_one_off_stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
+
+Messages = Sequence[dict[str, str]]
+
+
+def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None, **options: Any) -> PreTrainedModel:
+    """Accelerate ``model.generate()`` from now on; returns the same model.
+
+    ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft, or a
+    ``Drafter``. ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain".
+    ``options``: the method's own (listed by ``accel methods``), and for every method ``seed`` and ``cpu_linear``
+    ("auto", "packed", "transposed", "linear": how fp32 linear layers run on a CPU).
+    """
+    attached = Attached(model, artifacts, method, options)
+    detach(model)
+    attached.install()
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """Make the model what it was before ``attach``, bit for bit; a model that is not attached is left alone."""
+    attached = model.__dict__.get(STATE)
+    if attached is not None:
+        attached.remove()
+    return model
+
+
+def generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    *,
+    artifacts: Sequence[object] = (),
+    method: str | None = None,
+    **generate_kwargs: Any,
+) -> Any:
+    """``model.generate(inputs, **generate_kwargs)``, accelerated for this one call; transformers' return types.
+
+    The method's options (``drafter=``, ``draft_length=``, …) may stand among the keyword arguments.
+    """
+    cls = get(method or "speculative").load_options()
+    names = {field.name for field in dataclasses.fields(cls)} if cls else set()  # type: ignore[arg-type]
+    # transformers' own generate() takes a tokenizer too
+    names |= set(SHARED_OPTIONS) - {"tokenizer"}
+    options = {name: generate_kwargs.pop(name) for name in sorted(names & set(generate_kwargs))}
+    if "draft_tokenizer" in options and "tokenizer" in generate_kwargs:
+        options["tokenizer"] = generate_kwargs["tokenizer"]
+    before = model.__dict__.get(STATE)
+    attach(model, *artifacts, method=method, **options)
+    attached: Attached = model.__dict__[STATE]
+    try:
+        return model.generate(inputs, **generate_kwargs)
+    finally:
+        _one_off_stats[model] = attached.stats
+        detach(model)
+        if before is not None:
+            before.install()
+
+
+def stats(model: PreTrainedModel) -> Stats:
+    """Figures of the model's last accelerated call; the same object is ``.accel`` on transformers' output objects."""
+    attached = model.__dict__.get(STATE)
+    found: Stats | None = attached.stats if attached is not None else _one_off_stats.get(model)
+    if found is None:
+        raise AccelError("no accelerated call yet: attach the model and call generate(), or use accel.generate()")
+    return found
+
+
+def load(
+    name_or_path: str,
+    artifacts: Sequence[object] = (),
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    **options: Any,
+) -> Model:
+    """Load a model by alias, folder or hub id, and attach it; ``options`` are those of ``attach``."""
+    model, tokenizer = load_model(name_or_path, device=device, dtype=dtype)
+    return Model(attach(model, *artifacts, **options), tokenizer)
+
+
+@dataclass(frozen=True)
+class Model:
+    """An accelerated transformers model with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def stats(self) -> Stats:
+        return stats(self.model)
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> str:
+        """Continue a text; returns the new text only."""
+        return self._text(self._encode(prompt), max_new_tokens, generate_kwargs)
+
+    def chat(self, messages: str | Messages, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> str:
+        """Answer a message, or a conversation of {"role", "content"} messages, through the model's chat template."""
+        return self._text(self._encode_chat(messages), max_new_tokens, generate_kwargs)
+
+    def stream(self, messages: str | Messages, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
+        """Like ``chat``, in pieces as soon as they are final; plain continuation for models without a template."""
+        tokenizer = self._tokenizer()
+        has_template = getattr(tokenizer, "chat_template", None) is not None
+        if not has_template and not isinstance(messages, str):
+            raise OptionError("this model has no chat template: stream() takes one string of text for it")
+        inputs = self._encode_chat(messages) if has_template else self._encode(str(messages))
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate_kwargs)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        worker = Thread(target=run, daemon=True)
+        worker.start()
+        yield from (piece for piece in streamer if piece)
+        worker.join()
+        if failure:
+            raise failure[0]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ModelError("this model was loaded without a tokenizer: call .model.generate() with token ids")
+        return self.tokenizer
+
+    def _encode(self, prompt: str) -> dict[str, Tensor]:
+        encoded = self._tokenizer()(prompt, return_tensors="pt")
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _encode_chat(self, messages: str | Messages) -> dict[str, Tensor]:
+        conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        encoded = self._tokenizer().apply_chat_template(
+            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+    def _text(self, inputs: dict[str, Tensor], max_new_tokens: int, generate_kwargs: dict[str, Any]) -> str:
+        ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)
+        text: str = self._tokenizer().decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return text

@@ -1,0 +1,288 @@
+"""A model whose generate() is ours: what is installed on it, which calls are taken over, and how it is all undone."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+
+from accel.axes import Decoder
+from accel.drafters.base import Drafter
+from accel.drafters.ngram import NgramDrafter
+from accel.engine.drafts import drafter_from
+from accel.engine.transformers_call import DecoderFactory, PreparedCall
+from accel.errors import IncompatibleError, OptionError
+from accel.methods import get
+from accel.models import cpu_linear
+from accel.models.softmax_target import SoftmaxTarget
+from accel.types import Stats, options_from
+
+log = logging.getLogger("accel")
+
+# the attributes an attached model carries; detach removes them
+STATE, GENERATE = "_accel_attached", "generate"
+
+# options that every method understands
+SHARED_OPTIONS = ("seed", "cpu_linear", "tokenizer", "draft_tokenizer")
+
+# all that GenerationConfig.get_generation_mode looks at
+_MODE_FIELDS = (
+    "constraints force_words_ids num_beams num_beam_groups do_sample top_k penalty_alpha dola_layers use_mtp "
+    "prompt_lookup_num_tokens assistant_early_exit"
+).split()
+# arguments whose work our loop does not do
+_NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_gpus", "token_healing")
+
+
+class Attached:
+    """The state of one attached model, kept on the model itself."""
+
+    def __init__(
+        self, model: PreTrainedModel, artifacts: Sequence[object], method: str | None, options: dict[str, Any]
+    ) -> None:
+        self.model = model
+        self.method = get(method or "speculative")
+        shared = {name: options.pop(name) for name in SHARED_OPTIONS if name in options}
+        self.seed: int | None = _checked_seed(shared.get("seed"))
+        self.cpu_linear: str = shared.get("cpu_linear", "auto")
+        # somebody chose to speculate, so that a call which cannot is an error and not a fallback
+        self.insists = bool(artifacts) or method is not None or bool(options)
+        cls = self.method.load_options()
+        assert cls is not None, "every decoder has options"
+        self.options = options_from(cls, options, f"method {self.method.name!r}")
+        self.draft = self._draft(artifacts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
+        self.stats = Stats()
+        self._said: set[str] = set()
+        self._speculators: dict[object, Any] = {}
+        self._linears: list[cpu_linear.Installed] = []
+        if self.method.name == "speculative":
+            self._speculator(self.options, self.draft)  # a draft that is asked for but missing is refused here
+
+    def install(self) -> None:
+        """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
+        drafts = [self.draft.model] if isinstance(getattr(self.draft, "model", None), PreTrainedModel) else []
+        self._linears = [cpu_linear.install(m, self.cpu_linear) for m in [self.model, *drafts]]
+        self.model.__dict__[STATE] = self
+        self.model.__dict__[GENERATE] = self.generate
+
+    def remove(self) -> None:
+        """Undo ``install``."""
+        for installed in self._linears:
+            installed.remove()
+        self._linears = []
+        self.model.__dict__.pop(STATE, None)
+        self.model.__dict__.pop(GENERATE, None)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """transformers' generate(), with the decoding done by accel wherever the arguments allow it."""
+        _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"))
+        settings = _Settings(self.model, generation_config, kwargs)
+        reason = self._reason_for_transformers(settings, kwargs)
+        self.stats = Stats()
+        plain_generate = type(self.model).generate
+        if reason is not None:
+            self._say(f"decoded by transformers, not by accel: {reason}")
+            return plain_generate(
+                self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs
+            )
+        kwargs.pop("custom_generate", None)
+        factory = self._factory_for_call(settings, kwargs)
+        criteria = StoppingCriteriaList(stopping_criteria or [])
+        if settings["stop_strings"] is not None:
+            if kwargs.get("tokenizer") is None:
+                raise OptionError("stop_strings without tokenizer=: pass the tokenizer that decodes them")
+            criteria.append(StopStringCriteria(kwargs["tokenizer"], settings["stop_strings"]))
+        kwargs.pop("tokenizer", None)
+        # what is handled here must not reach transformers, which would refuse or repeat it
+        handled = ("stop_strings", "prompt_lookup_num_tokens", "num_assistant_tokens")
+        with settings.without(handled, kwargs) as config:
+            return plain_generate(
+                self.model,
+                inputs,
+                config,
+                logits_processor,
+                criteria,
+                custom_generate=self._decoding_method(factory, kwargs.get("streamer")),
+                **kwargs,
+            )
+
+    def _reason_for_transformers(self, settings: _Settings, kwargs: dict[str, Any]) -> str | None:
+        for name in _NOT_OURS:
+            if kwargs.get(name):
+                return f"{name} is given"
+        if kwargs.get("cache_implementation") == "paged":
+            return "cache_implementation='paged'"
+        if self.model.config.is_encoder_decoder:
+            return "the model is an encoder-decoder"
+        mode = settings.mode(kwargs.get("assistant_model"))
+        if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return None
+        if mode == GenerationMode.ASSISTED_GENERATION:
+            for name in ("use_mtp", "assistant_early_exit"):
+                if settings[name]:
+                    return f"{name} is given"
+            return None
+        name = mode.value.replace("_", " ")
+        has_draft = (self.insists and self.method.name == "speculative") or kwargs.get("assistant_model") is not None
+        if has_draft and "beam" in name:
+            raise IncompatibleError(
+                f"num_beams={settings['num_beams']} with a draft: beams cannot be drafted; set num_beams=1, or attach "
+                "with method='plain' to let transformers search"
+            )
+        return f"{name} is transformers' own"
+
+    def _factory_for_call(self, settings: _Settings, kwargs: dict[str, Any]) -> DecoderFactory:
+        """How this call decodes: as attached, or as transformers' own assistant arguments say."""
+        assistant = kwargs.pop("assistant_model", None)
+        assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
+        lookup, num_tokens = settings["prompt_lookup_num_tokens"], settings["num_assistant_tokens"]
+        method, options, draft = self.method, self.options, self.draft
+        if assistant is not None or lookup is not None:
+            method = get("speculative")
+            length = lookup if assistant is None else num_tokens
+            cls = method.load_options()
+            assert cls is not None
+            base = self.options if isinstance(self.options, cls) else cls()
+            changes = {"drafter": "lm" if assistant is not None else "ngram", "draft_length": length or "auto"}
+            options = options_from(cls, {**vars(base), **changes}, "method 'speculative'")
+            if assistant is not None:
+                draft = self._assistant(assistant, kwargs.get("tokenizer"), assistant_tokenizer)
+
+        def make(target: SoftmaxTarget, stats: Stats, in_step: bool) -> Decoder:
+            if method.name == "plain" or in_step:
+                if method.name != "plain":
+                    self._say("decoded plainly: a custom processor or criterion looks at the whole batch", stats)
+                return get("plain").load()(target, get("plain").load_options()(), stats)  # type: ignore[misc]
+            return method.load()(target, options, stats, self._speculator(options, draft))
+
+        return make
+
+    def _decoding_method(self, factory: DecoderFactory, streamer: Any) -> Any:
+        """The callable for transformers' seam."""
+
+        def decode(
+            model: PreTrainedModel,
+            input_ids: Tensor,
+            logits_processor: Any = None,
+            stopping_criteria: Any = None,
+            generation_config: Any = None,
+            **inputs: Any,
+        ) -> Any:
+            call = PreparedCall(
+                model, input_ids, logits_processor, stopping_criteria, generation_config, inputs, streamer, self.seed
+            )
+            obstacle = call.obstacle()
+            if obstacle is None:
+                return call.run(factory, self.stats)
+            self._say(f"decoded by transformers, not by accel: {obstacle}")
+            return type(model)._sample(
+                model,
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                streamer=streamer,
+                **inputs,
+            )
+
+        return decode
+
+    def _draft(self, artifacts: Sequence[object], tokenizer: Any, draft_tokenizer: Any) -> Drafter | None:
+        if not artifacts:
+            return None
+        if self.method.name != "speculative":
+            raise IncompatibleError(f"method {self.method.name!r} takes no artifact: leave it out, or use 'speculative'")
+        if len(artifacts) > 1:
+            raise IncompatibleError(f"{len(artifacts)} artifacts given: speculative decoding takes one draft")
+        return drafter_from(artifacts[0], self.model, tokenizer, draft_tokenizer)
+
+    def _assistant(self, assistant: PreTrainedModel, tokenizer: Any, assistant_tokenizer: Any) -> Drafter:
+        key = ("assistant", id(assistant))
+        if key not in self._speculators:
+            self._speculators[key] = drafter_from(assistant, self.model, tokenizer, assistant_tokenizer)
+        drafter: Drafter = self._speculators[key]
+        return drafter
+
+    def _speculator(self, options: Any, draft: Drafter | None) -> Any:
+        """The speculator for a choice of options and draft, kept so that what it learned carries over."""
+        from accel.methods.speculative.build import create_speculator
+
+        key = (options, id(draft))
+        if key not in self._speculators:
+            self._speculators[key] = create_speculator(options, draft)
+        return self._speculators[key]
+
+    def _say(self, note: str, stats: Stats | None = None) -> None:
+        """Put a note on the call's stats, and log it the first time."""
+        target = stats or self.stats
+        target.notes.append(note)
+        if target is self.stats and note.startswith("decoded by transformers"):
+            target.method = "transformers"
+        if note not in self._said:
+            self._said.add(note)
+            log.warning("%s", note)
+
+
+class _Settings:
+    """A call's generation settings as transformers will merge them: argument, then config, then the model's own."""
+
+    def __init__(self, model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        self._sources = [kwargs, vars(config) if config is not None else {}, vars(model.generation_config)]
+        self._config = config
+        self._model = model
+
+    def __getitem__(self, name: str) -> Any:
+        return next((source[name] for source in self._sources if source.get(name) is not None), None)
+
+    def mode(self, assistant: object) -> GenerationMode:
+        fields = SimpleNamespace(**{name: self[name] for name in _MODE_FIELDS})
+        mode: GenerationMode = GenerationConfig.get_generation_mode(fields, assistant)  # type: ignore[arg-type]
+        return mode
+
+    @contextmanager
+    def without(self, names: Sequence[str], kwargs: dict[str, Any]) -> Iterator[GenerationConfig | None]:
+        """The call's config with some settings taken out everywhere for the length of the call.
+
+        The model's own config must be touched for it, because None in a call's config means "the model's default".
+        """
+        config = self._config
+        if config is not None and any(getattr(config, name, None) is not None for name in names):
+            config = copy.deepcopy(config)
+            for name in names:
+                setattr(config, name, None)
+        for name in names:
+            kwargs.pop(name, None)
+        own = self._model.generation_config
+        before = {name: vars(own)[name] for name in names if vars(own).get(name) is not None}
+        with ExitStack() as restore:
+            for name, value in before.items():
+                setattr(own, name, None)
+                restore.callback(setattr, own, name, value)
+            yield config
+
+
+def _check_prompt(ids: Any) -> None:
+    if isinstance(ids, Tensor) and ids.ndim == 2 and 0 in ids.shape:
+        what = "batch" if ids.shape[0] == 0 else "prompt"
+        raise OptionError(f"empty {what}: input_ids has shape {list(ids.shape)}; give at least one row of one token")
+
+
+def _checked_seed(seed: object) -> int | None:
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
+        raise OptionError(f"seed={seed!r}: must be a whole number ≥ 0, or None to follow torch.manual_seed")
+    return seed

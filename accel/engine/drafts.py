@@ -1,0 +1,70 @@
+"""From what a user hands over as a draft (a path, an artifact, a live model, a drafter) to a drafter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from accel.artifacts import Artifact, check_base, open_artifact, resolve
+from accel.drafters.base import Drafter
+from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
+from accel.drafters.translated import TranslatedDrafter
+from accel.errors import ArtifactError, IncompatibleError
+
+
+def drafter_from(
+    given: object,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    draft_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Drafter:
+    """The drafter for ``model`` that ``given`` stands for.
+
+    With ``tokenizer`` and ``draft_tokenizer`` a live draft model is translated between the two vocabularies.
+    """
+    vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
+    if isinstance(given, PreTrainedModel):
+        if given is model:
+            raise IncompatibleError("the draft is the target itself: pass a smaller model")
+        if draft_tokenizer is not None:
+            if tokenizer is None:
+                raise IncompatibleError("draft_tokenizer= without tokenizer=: pass the target's tokenizer too")
+            return TranslatedDrafter(given, draft_tokenizer, tokenizer, vocab_size)
+        return SmallLMDrafter(given, vocab_size)
+    if isinstance(given, str | Path):
+        path = resolve(given)
+        if not (path / "accel.json").exists() and (path / "config.json").exists():
+            draft = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, local_files_only=True)
+            return drafter_from(draft.to(model.device).eval(), model, tokenizer, draft_tokenizer)
+        given = open_artifact(path)
+    if isinstance(given, Artifact):
+        return _from_artifact(given, model, vocab_size)
+    if isinstance(given, Drafter):
+        return given
+    raise ArtifactError(
+        f"{type(given).__name__} is no artifact: give a path or id, an accel.Artifact, a transformers model or a Drafter"
+    )
+
+
+def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) -> Drafter:
+    """A draft artifact: its parameters hold the draft's ``config`` and, for a trimmed vocabulary, ``unknown``."""
+    if artifact.manifest.kind != "draft":
+        raise ArtifactError(
+            f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind 'draft'"
+        )
+    check_base(artifact, model.config)
+    parameters: dict[str, Any] = dict(artifact.manifest.parameters)
+    draft = AutoModelForCausalLM.from_config(AutoConfig.for_model(**parameters["config"]), dtype=model.dtype)
+    missing = draft.load_state_dict(artifact.tensors("model.safetensors"), strict=False).missing_keys
+    tied = set(getattr(draft, "_tied_weights_keys", None) or ())
+    if set(missing) - tied:
+        raise ArtifactError(f"{artifact.path.name} lacks the draft's weights {sorted(set(missing) - tied)[:3]}")
+    draft.tie_weights()
+    vocabulary = None
+    if "vocabulary.safetensors" in artifact.manifest.files:
+        d2t: torch.Tensor = artifact.tensors("vocabulary.safetensors")["d2t"]
+        vocabulary = VocabularyMap(d2t, int(parameters["unknown"]), vocab_size)
+    return SmallLMDrafter(draft.to(model.device).eval(), vocab_size, vocabulary)

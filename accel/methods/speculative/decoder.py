@@ -1,0 +1,263 @@
+"""Speculative decoding: a drafter guesses, the target verifies all guesses of a round in one forward pass.
+
+Lossless unless lenience is asked for (README.md beside this file). Rows draft, accept and finish on their own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from accel.axes import Target
+from accel.drafters.base import Ask, Draft, Drafter
+from accel.errors import IncompatibleError
+from accel.kernels.verify import accept, draw, residual, verify
+from accel.methods.plain.decoder import LiveRow, RowDecoder
+from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength
+from accel.methods.speculative.options import SpeculativeOptions
+from accel.types import Emission, Request, Stats
+
+
+@dataclass(frozen=True)
+class Speculator:
+    """What outlives a single call: the drafter, and what was learned about its acceptance and cost."""
+
+    drafter: Drafter
+    length: AdaptiveLength | FixedLength
+    costs: Costs
+
+    @classmethod
+    def create(cls, drafter: Drafter, options: SpeculativeOptions) -> Speculator:
+        costs = Costs()
+        fixed = not isinstance(options.draft_length, str)
+        length = FixedLength(options.longest_draft) if fixed else AdaptiveLength(options.longest_draft, costs)
+        return cls(drafter, length, costs)
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """A row's draft of this round: what was proposed, and how much of it goes to the target."""
+
+    proposed: Draft
+    length: int
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.proposed.tokens[: self.length]
+
+    @property
+    def probs(self) -> Tensor | None:
+        return None if self.proposed.probs is None else self.proposed.probs[: self.length]
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How many drafted tokens a row keeps, the token after them, and the scores behind all of these ``[k, V]``."""
+
+    num_accepted: int
+    next_token: int
+    scores: Tensor | None
+
+
+class SpeculativeDecoder(RowDecoder):
+    """One round a step: draft, verify, keep."""
+
+    def __init__(self, target: Target, options: SpeculativeOptions, stats: Stats, speculator: Speculator) -> None:
+        super().__init__(target, stats)
+        self.options = options
+        self.drafter = speculator.drafter
+        self.length = speculator.length
+        self.costs = speculator.costs
+        stats.method, stats.lossless = "speculative", options.is_lossless
+
+    def on_admitted(self, rows: Sequence[LiveRow]) -> None:
+        for live in rows:
+            self._check(live.request)
+            self.drafter.open(live.request.id, live.request.prompt.tolist(), live.request.seed)
+            self.length.open(live.request.id)
+
+    def on_evicted(self, rows: Sequence[LiveRow]) -> None:
+        for live in rows:
+            self.drafter.close(live.request.id)
+            self.length.close(live.request.id)
+
+    def emit(self, live: LiveRow, tokens: list[int], logits: Tensor, scores: Tensor | None) -> Emission:
+        self.drafter.observe(live.request.id, tokens)
+        return super().emit(live, tokens, logits, scores)
+
+    def advance(self) -> list[Emission]:
+        rows = list(self.live.values())
+        start = time.perf_counter()
+        guesses = self._draft(rows)
+        drafted = time.perf_counter()
+        n = 1 + max(guess.length for guess in guesses)
+        tokens = torch.zeros(len(rows), n, dtype=torch.long)
+        for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
+            tokens[index, : 1 + guess.length] = torch.tensor([live.pending, *guess.tokens])
+        names = [live.row for live in rows]
+        logits = self.target.forward(tokens.to(self.target.device), names)  # [R, n, V]
+        verdicts = self._verify(rows, guesses, logits)
+        self.target.commit([1 + v.num_accepted for v in verdicts], names)
+        emissions = [self._settle(*each) for each in zip(rows, guesses, verdicts, logits, strict=True)]
+        done = time.perf_counter()
+        self._account(len(rows), n, guesses, drafting=drafted - start, verifying=done - drafted)
+        return emissions
+
+    def _draft(self, rows: Sequence[LiveRow]) -> list[_Guess]:
+        """Ask the drafter for the rows that may draft this round, and trim what it says to what is worth verifying."""
+        asks = {}
+        for live in rows:
+            most = min(self.length.allowance(live.request.id), live.num_left - 1, self._room(live))
+            if most > 0:
+                asks[live.request.id] = self._ask(live, most, len(rows))
+        drafts = dict(zip(asks, self.drafter.propose(list(asks.values())) if asks else [], strict=True))
+        guesses = []
+        for live in rows:
+            draft = drafts.get(live.request.id, Draft())
+            keep = self.length.trim(live.request.id, draft.confidence, len(rows), self.drafter.free)
+            guesses.append(_Guess(draft, keep if draft.tokens else 0))
+        return guesses
+
+    def _ask(self, live: LiveRow, most: int, num_rows: int) -> Ask:
+        return Ask(
+            row=live.request.id,
+            max_tokens=most,
+            sample=live.request.do_sample,
+            warp=live.sampler.pipeline.warp if live.sampler.pipeline else None,
+            keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows),
+        )
+
+    def _room(self, live: LiveRow) -> int:
+        """Positions left in the model's context behind the pending token."""
+        if self.target.max_positions is None:
+            return live.num_left
+        return self.target.max_positions - self.target.num_positions(live.row) - 1
+
+    def _verify(self, rows: Sequence[LiveRow], guesses: Sequence[_Guess], logits: Tensor) -> list[_Verdict]:
+        """A verdict per row. Rows that can be judged alike are judged in one call; the rest one by one."""
+        verdicts: dict[int, _Verdict] = {}
+        together: dict[tuple[bool, bool], list[int]] = {}
+        for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
+            if live.sampler.pipeline.rowwise:
+                has_q = guess.probs is not None and guess.length > 0
+                together.setdefault((live.request.do_sample, has_q), []).append(index)
+            else:
+                verdicts[index] = self._verify_in_order(live, guess, logits[index])
+        for (sampled, has_q), members in together.items():
+            chosen = [(rows[i], guesses[i], logits[i]) for i in members]
+            verdicts.update(zip(members, self._verify_together(chosen, sampled, has_q), strict=True))
+        return [verdicts[index] for index in range(len(rows))]
+
+    def _verify_together(
+        self, members: Sequence[tuple[LiveRow, _Guess, Tensor]], sampled: bool, has_q: bool
+    ) -> list[_Verdict]:
+        """One call of the verify kernel over rows of one kind."""
+        most = max(guess.length for _, guess, _ in members)
+        scores = torch.stack([_scores(live, guess, row_logits[: most + 1]) for live, guess, row_logits in members])
+        tokens = torch.zeros(len(members), most, dtype=torch.long)
+        uniforms = torch.zeros(len(members), most + 1, dtype=torch.float64)
+        q = torch.zeros(len(members), most, scores.shape[-1]) if has_q else None
+        for index, (live, guess, _) in enumerate(members):
+            tokens[index, : guess.length] = torch.tensor(guess.tokens, dtype=torch.long)
+            if sampled:
+                # as many uniforms as the row's own draft needs: its neighbours' lengths must not shift its stream
+                own = live.sampler.uniforms(guess.length + 1)
+                uniforms[index, : guess.length], uniforms[index, most] = own[:-1], own[-1]
+            if q is not None and guess.probs is not None:
+                q[index, : guess.length] = guess.probs
+        device = scores.device
+        verdict = verify(
+            scores,
+            tokens.to(device),
+            torch.tensor([guess.length for _, guess, _ in members], device=device),
+            q=None if q is None else q.to(device),
+            greedy=not sampled,
+            uniforms=uniforms.to(device) if sampled else None,
+            acceptance=self._acceptance(has_q),
+            lenience=self.options.lenience,
+        )
+        counts, next_tokens = verdict.n_accepted.tolist(), verdict.next_token.tolist()
+        return [_Verdict(counts[i], next_tokens[i], scores[i]) for i in range(len(members))]
+
+    def _acceptance(self, has_q: bool) -> str:
+        """Block verification gains only where the draft was sampled; for a certain guess both rules are the same law."""
+        if not has_q or self.options.lenience is not None:
+            return "token"
+        return "token" if self.options.acceptance == "token" else "block"
+
+    def _verify_in_order(self, live: LiveRow, guess: _Guess, logits: Tensor) -> _Verdict:
+        """Token by token, so that processors that keep state see kept tokens only, once each."""
+        scores: list[Tensor] = []
+        for position, token in enumerate([*guess.tokens, None]):
+            scores.append(live.sampler.scores(logits[position], guess.tokens[:position]))
+            if not live.request.do_sample:
+                choice = int(scores[-1].argmax())
+                if choice == token:
+                    continue
+                return _Verdict(position, choice, torch.stack(scores))
+            p = scores[-1].softmax(-1)
+            if token is None:
+                return _Verdict(position, draw(p, float(live.sampler.uniforms(1))), torch.stack(scores))
+            q = None if guess.probs is None else guess.probs[position].to(p.device)
+            if not accept(p, q, token, float(live.sampler.uniforms(1)), self.options.lenience):
+                weights = residual(p, q, token, self.options.lenience)
+                return _Verdict(position, draw(weights, float(live.sampler.uniforms(1))), torch.stack(scores))
+        raise AssertionError("the bonus position always decides")
+
+    def _settle(self, live: LiveRow, guess: _Guess, verdict: _Verdict, logits: Tensor) -> Emission:
+        """Make a verdict final: learn from it, count it, emit its tokens."""
+        kept = verdict.num_accepted
+        tokens = [*guess.tokens[:kept], verdict.next_token]
+        matches, labels = _outcome(guess, verdict, tokens)
+        self.length.learn(live.request.id, guess.proposed.confidence, matches, labels)
+        self.stats.count(guess.length, kept)
+        scores = None if verdict.scores is None else verdict.scores[: kept + 1]
+        return self.emit(live, tokens, logits[: kept + 1], scores)
+
+    def _account(self, rows: int, n: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
+        num_drafted = sum(len(guess.proposed.tokens) for guess in guesses)
+        self.costs.observe_verify(rows * n, verifying)
+        self.costs.observe_draft(num_drafted, drafting)
+        self.stats.target_calls += 1
+        self.stats.add_seconds("draft", drafting)
+        self.stats.add_seconds("verify", verifying)
+        self.stats.cost_ratio = self.costs.ratio(rows)
+
+    def _check(self, request: Request) -> None:
+        pipeline = request.pipeline
+        if self.options.acceptance == "block" and pipeline is not None and not pipeline.rowwise:
+            raise IncompatibleError(
+                "acceptance='block' looks at all drafted positions, but a custom logits processor may only see kept "
+                "tokens: use acceptance='token' or 'auto'"
+            )
+        if self.options.lenience is not None and not request.do_sample and pipeline is not None and not pipeline.rowwise:
+            raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
+
+
+def _scores(live: LiveRow, guess: _Guess, logits: Tensor) -> Tensor:
+    """Scores ``[n, V]`` of all positions of a row; what stands behind its own draft is never read."""
+    pipeline = live.sampler.pipeline
+    if pipeline.ignores_ids:
+        # greedy decoding compares raw logits: no copy of [n, V] in fp32 for an argmax
+        return live.sampler.scores_together(logits) if pipeline or live.request.do_sample else logits
+    scores = [live.sampler.scores(logits[i], guess.tokens[:i]) for i in range(guess.length + 1)]
+    return torch.cat([torch.stack(scores), logits[guess.length + 1 :].float()])
+
+
+def _outcome(guess: _Guess, verdict: _Verdict, emitted: Sequence[int]) -> tuple[int, int]:
+    """(tokens of the proposal that came true, tokens whose outcome is known).
+
+    What was trimmed away is judged too where the emitted tokens say how it would have ended: a free drafter learns
+    without paying for verification. A sampled draft's outcome is its acceptance and not a comparison.
+    """
+    if guess.proposed.probs is not None:
+        return verdict.num_accepted, guess.length
+    proposed = guess.proposed.tokens
+    matches = 0
+    while matches < min(len(proposed), len(emitted)) and proposed[matches] == emitted[matches]:
+        matches += 1
+    return matches, min(len(proposed), len(emitted))

@@ -1,0 +1,171 @@
+"""``accel bench``: options reach the plan, stdout stays clean, mistakes are one line. Measuring is tested elsewhere."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+import accel
+from accel.bench import session
+from accel.cli.bench import DEFAULT_MODEL, bench
+from accel.errors import AccelError
+
+
+class CountingModel:
+    """Answers every prompt with 1, 2, 3, …, as transformers' generate would hand it out."""
+
+    def __init__(self) -> None:
+        self.config = SimpleNamespace(max_position_embeddings=4096, vocab_size=10)
+        self.device = torch.device("cpu")
+        self.dtype = torch.float32
+
+    def generate(self, input_ids, max_new_tokens, streamer=None, **kwargs):
+        new = torch.arange(1, max_new_tokens + 1)
+        if streamer is not None:
+            for chunk in (input_ids, *new):
+                streamer.put(chunk)
+            streamer.end()
+        return torch.cat([input_ids, new[None]], dim=1)
+
+
+class LetterTokenizer:
+    chat_template = None
+    pad_token_id = 0
+    eos_token_id = 0
+
+    def __call__(self, text):
+        return {"input_ids": [ord(letter) % 97 for letter in text]}
+
+    def decode(self, tokens, skip_special_tokens=False):
+        return "x" * len(tokens)
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Invoke the command on a fake runtime; ``run.loaded`` lists what was asked of accel.load."""
+    loaded = []
+
+    def load(name, **options):
+        loaded.append((name, options))
+        return SimpleNamespace(model=CountingModel(), tokenizer=LetterTokenizer())
+
+    monkeypatch.setattr(accel, "load", load, raising=False)
+    monkeypatch.setattr(accel, "attach", lambda model, *artifacts, **options: model, raising=False)
+    monkeypatch.setattr(accel, "detach", lambda model: model, raising=False)
+    monkeypatch.setattr(accel, "stats", lambda model: None, raising=False)
+
+    def invoke(*words):
+        return CliRunner().invoke(bench, words, catch_exceptions=False)
+
+    invoke.loaded = loaded
+    return invoke
+
+
+def test_no_arguments_print_the_table(run):
+    result = run()
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    assert "6 prompts × 64 new tokens × 1, greedy" in result.stdout
+    for arm in (
+        "transformers ",
+        "transformers-assisted ",
+        "accel-plain ",
+        "accel-ngram ",
+        "accel-suffix ",
+        "accel-auto ",
+    ):
+        assert any(line.startswith(arm) for line in result.stdout.splitlines())
+    assert run.loaded == [(DEFAULT_MODEL, {"device": "auto", "dtype": "auto"})]
+
+
+def test_json_is_one_document_on_stdout_and_in_the_file(run, tmp_path):
+    output, page = tmp_path / "out.json", tmp_path / "out.html"
+    result = run("some/model", "--json", "--arms", "transformers,accel-auto", "--limit", "2", "--max-new-tokens", "5")
+    document = json.loads(result.stdout)
+    assert document["settings"]["model"] == "some/model"
+    assert document["arms"]["accel-auto"]["total_output_tokens"] == 12 * 5
+    assert "records" not in document
+    result = run("--json", "--output", str(output), "--html", str(page), "--save-detailed", "--arms", "accel-plain")
+    assert json.loads(result.stdout) == json.loads(output.read_text())
+    assert len(json.loads(output.read_text())["records"]) == 6
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_every_option_reaches_the_plan(monkeypatch, tmp_path):
+    plans = []
+
+    def carry_out(plan, progress):
+        plans.append(plan)
+        raise AccelError("enough")
+
+    monkeypatch.setattr(session, "carry_out", carry_out)
+    words = "m -a d --suite spec-bench --prompts p.jsonl --limit 3 --turns 2 --max-new-tokens 9 --arms transformers"
+    words += " --repeat 4 --temperature 0.5 --seed 6 --threads 2 --device cpu --dtype float32 --output o.json --resume"
+    with pytest.raises(AccelError, match="enough"):
+        CliRunner().invoke(bench, [*words.split(), "--save-detailed"], catch_exceptions=False)
+    (plan,) = plans
+    assert plan == session.Plan(
+        model="m",
+        artifacts=("d",),
+        suite="spec-bench",
+        prompt_file=Path("p.jsonl"),
+        limit=3,
+        arms="transformers",
+        settings=session.Settings(max_new_tokens=9, temperature=0.5, seed=6, repeat=4, turns=2),
+        threads=2,
+        device="cpu",
+        dtype="float32",
+        output=Path("o.json"),
+        resume=True,
+        save_detailed=True,
+        command=plan.command,
+    )
+
+
+def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"question_id": 1, "category": "qa", "turns": ["x"]}\n')
+    document = json.loads(run("--prompts", str(file), "--json", "--arms", "transformers").stdout)
+    assert document["settings"]["suite"] == "spec-bench"
+    assert document["arms"]["transformers"]["total_output_tokens"] == 128
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--suite", "mt"], "unknown suite 'mt': choose from default, spec-bench"),
+        (["--suite", "spec-bench"], "--prompts FILE"),
+        (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
+        (["--arms", "fast"], "unknown arm 'fast'"),
+        (["--resume"], "--output FILE"),
+        (["--repeat", "0"], "repeat=0"),
+        (["--limit", "0"], "limit=0"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--temperature", "-1"], "temperature=-1"),
+        (["-a", "x", "-a", "y"], "2 artifacts"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(run, words, message):
+    with pytest.raises(AccelError, match=message):
+        run(*words)
+    assert run.loaded == []
+
+
+def test_progress_only_on_a_terminal(run, monkeypatch):
+    assert "\r" not in run("--arms", "transformers").output
+    monkeypatch.setattr("accel.cli.common.Progress.__init__", _always_shown)
+    result = run("--arms", "transformers", "--json")
+    assert "5/6 · prompt 503 (rag) · transformers · about 0 s left" in result.stderr
+    json.loads(result.stdout)
+
+
+def _always_shown(self, stream=None):
+    import sys
+
+    self._stream = sys.stderr
+    self._shown = True
