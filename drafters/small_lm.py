@@ -63,9 +63,7 @@ class SmallLMDrafter:
     name = "lm"
     free = False
 
-    def __init__(
-        self, model: PreTrainedModel, target_vocab_size: int, vocabulary: VocabularyMap | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, target_vocab_size: int, vocabulary: VocabularyMap | None = None) -> None:
         self.target = SoftmaxTarget(model)
         self.model = model
         self._vocab_size = target_vocab_size
@@ -95,10 +93,13 @@ class SmallLMDrafter:
             self.target.close([state.name])
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
-        """Keep what came true of the tentative tokens; the rest of ``tokens`` is still to be read."""
+        """Keep what came true of the tentative tokens; the rest of ``tokens`` is still to be read.
+
+        The last one always is: drafting starts from the logits behind it.
+        """
         state = self._rows[row]
         kept = 0
-        while kept < min(len(tokens), len(state.tentative)) and tokens[kept] == state.tentative[kept]:
+        while kept < min(len(tokens) - 1, len(state.tentative)) and tokens[kept] == state.tentative[kept]:
             kept += 1
         if state.tentative:
             self.target.commit([kept], [state.name])
@@ -110,9 +111,9 @@ class SmallLMDrafter:
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
-        """One draft per ask, in order; rows whose context is full draft nothing."""
+        """One draft per ask, in order; rows whose context is full, or who have nothing to read, draft nothing."""
         drafts = {ask.row: _Growing(ask, self._rows[ask.row]) for ask in asks}
-        active = [d for d in drafts.values() if self._room(d) > 0]
+        active = [d for d in drafts.values() if d.row.unread and self._room(d) > 0]
         logits = self._read(active)
         while active:
             for draft, row_logits in zip(active, logits, strict=True):

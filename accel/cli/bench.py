@@ -88,7 +88,7 @@ def bench(
         device=device,
         dtype=dtype,
         output=output,
-        resume=False,
+        resume=resume,
         save_detailed=save_detailed,
         command=shlex.join(["accel", *sys.argv[1:]]),
     )

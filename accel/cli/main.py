@@ -35,7 +35,7 @@ class LazyGroup(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(module), attribute)
-        name_variables(command, f"ACCEL_{cmd_name.upper()}")
+        prepare(command, f"ACCEL_{cmd_name.upper()}")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -57,14 +57,19 @@ class LazyGroup(click.Group):
             raise click.ClickException(one_line(error)) from error
 
 
-def name_variables(command: click.Command, prefix: str) -> None:
-    """Give each option the variable of its long name; click's own would follow Python's names (``as_json``)."""
+def prepare(command: click.Command, prefix: str) -> None:
+    """Give a command and its subcommands this group's ways: -h, and for each option a variable of its long name.
+
+    click's own variables would follow Python's names (``as_json``).
+    """
+    # click keeps the help option of its first caller, which may not have been this group
+    command._help_option = None
     for option in command.params:
         if isinstance(option, click.Option) and option.envvar is None:
             option.envvar = f"{prefix}_{max(option.opts, key=len).lstrip('-').replace('-', '_').upper()}"
     if isinstance(command, click.Group):
         for name, child in command.commands.items():
-            name_variables(child, f"{prefix}_{name.replace('-', '_').upper()}")
+            prepare(child, f"{prefix}_{name.replace('-', '_').upper()}")
 
 
 def one_line(error: Exception) -> str:

@@ -224,7 +224,9 @@ def _make(folder: Path, alias: Alias, say: Say) -> None:
         gguf, source = _bring(alias, work, say)
         say(f"converting {gguf.name} for transformers (once)")
         _convert(gguf, made)
-        _write_json(made / _RECORD, _record(made, alias, source))
+        record = _record(made, alias, source)
+        _write_json(made / _RECORD, record)
+        _write_json(made / _STAMP, _stamp_of(made, record["files"]))
         if folder.exists():
             folder.rename(work / "old")
         made.rename(folder)

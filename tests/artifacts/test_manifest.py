@@ -140,7 +140,6 @@ def test_unsafe_file_names(raw: dict[str, Any], name: str) -> None:
         "{",
         "[" * 100_000,
         '{"kind": NaN}',
-        '{"kind": "draft", "kind": "lawcat"}',
         "[]",
         "null",
         '{"format_version": ' + "9" * 5000 + "}",
@@ -149,6 +148,12 @@ def test_unsafe_file_names(raw: dict[str, Any], name: str) -> None:
 )
 def test_broken_json(text: str) -> None:
     assert len(refusal(text)) < 300
+
+
+def test_a_repeated_field_is_refused_at_every_depth(raw: dict[str, Any]) -> None:
+    text = json.dumps(raw)
+    assert "'kind' appears twice" in refusal(text[:-1] + ', "kind": "draft"}')
+    assert "'seed' appears twice" in refusal(text.replace('"seed": 7', '"seed": 7, "seed": 8'))
 
 
 def test_bytes_that_are_not_utf8() -> None:
