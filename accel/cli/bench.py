@@ -22,7 +22,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("bench")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("-a", "--artifact", "artifacts", multiple=True, metavar="ARTIFACT", help="A draft model: folder or name.")
-@click.option("--suite", help="default (embedded prompts) or spec-bench (reads --prompts).")
+@click.option("--suite", help="default (embedded prompts), spec-bench (reads --prompts), or steps.")
 @click.option("--prompts", "prompt_file", type=FILE, help="Spec-Bench JSON lines: question_id, category, turns.")
 @click.option("--limit", type=int, help="Prompts of each task group. [default suite: 1; spec-bench: all]")
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
@@ -62,8 +62,12 @@ def bench(
 ) -> None:
     """Measure MODEL with transformers' own generate and with accel, on the same weights and prompts.
 
-    Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same.
+    Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same. The suite
+    `steps` measures what one target step costs by the number of positions it verifies.
     """
+    if suite == "steps":
+        _bench_steps(model, threads, device, dtype, as_json, output)
+        return
     # torch takes seconds to import: not for --help
     from accel.bench import html, report, saving, session, workloads
     from accel.bench.runner import Settings
@@ -103,3 +107,20 @@ def bench(
     if html_file:
         saving.write(html_file, html.page(document))
     click.echo(saving.dump(document) if as_json else report.terminal(document), nl=False)
+
+
+def _bench_steps(
+    model: str, threads: int | None, device: str, dtype: str, as_json: bool, output: Path | None
+) -> None:
+    import torch
+
+    from accel import detach, load
+    from accel.bench import saving, steps
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    loaded = detach(load(model, device=device, dtype=dtype).model)
+    document = {"command": shlex.join(["accel", *sys.argv[1:]]), "model": model, **steps.measure(loaded)}
+    if output:
+        saving.write(output, saving.dump(document))
+    click.echo(saving.dump(document) if as_json else steps.terminal(document), nl=False)

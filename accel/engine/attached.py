@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -33,13 +32,10 @@ STATE, GENERATE = "_accel_attached", "generate"
 # options that every method understands
 SHARED_OPTIONS = ("seed", "cpu_linear", "tokenizer", "draft_tokenizer")
 
-# all that GenerationConfig.get_generation_mode looks at
-_MODE_FIELDS = (
-    "constraints force_words_ids num_beams num_beam_groups do_sample top_k penalty_alpha dola_layers use_mtp "
-    "prompt_lookup_num_tokens assistant_early_exit"
-).split()
 # arguments whose work our loop does not do
-_NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_gpus", "token_healing")
+_NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_gpus")
+# settings that make transformers' assisted decoding something other than "a draft model" or "prompt lookup"
+_OTHER_ASSISTANTS = ("use_mtp", "assistant_early_exit", "speculation_type", "assistant_ensemble_weight")
 
 
 class Attached:
@@ -123,9 +119,14 @@ class Attached:
 
     def _reason_for_transformers(self, settings: _Settings, kwargs: dict[str, Any]) -> str | None:
         for name in _NOT_OURS:
-            if kwargs.get(name):
+            value = kwargs.get(name)
+            if isinstance(value, Tensor) or value:
                 return f"{name} is given"
-        if kwargs.get("cache_implementation") == "paged":
+        if settings["token_healing"]:
+            return "token_healing is given"
+        if kwargs.get("past_key_values") is not None:
+            return "past_key_values is given: what the caller keeps must be filled"
+        if settings["cache_implementation"] == "paged":
             return "cache_implementation='paged'"
         if self.model.config.is_encoder_decoder:
             return "the model is an encoder-decoder"
@@ -133,7 +134,7 @@ class Attached:
         if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             return None
         if mode == GenerationMode.ASSISTED_GENERATION:
-            for name in ("use_mtp", "assistant_early_exit"):
+            for name in _OTHER_ASSISTANTS:
                 if settings[name]:
                     return f"{name} is given"
             return None
@@ -250,8 +251,10 @@ class _Settings:
         return next((source[name] for source in self._sources if source.get(name) is not None), None)
 
     def mode(self, assistant: object) -> GenerationMode:
-        fields = SimpleNamespace(**{name: self[name] for name in _MODE_FIELDS})
-        mode: GenerationMode = GenerationConfig.get_generation_mode(fields, assistant)  # type: ignore[arg-type]
+        merged = copy.copy(self._model.generation_config)
+        for name in vars(merged):
+            setattr(merged, name, self[name])
+        mode: GenerationMode = merged.get_generation_mode(assistant)
         return mode
 
     @contextmanager

@@ -5,12 +5,21 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from accel.axes import Decoder
 from accel.engine.stopping import Stopper, TogetherStopper
 from accel.types import Emission, Request
+
+
+@runtime_checkable
+class Holding(Protocol):
+    """A decoder whose finished rows can stay in the batch."""
+
+    def hold(self, request_ids: Sequence[int], token: int) -> None:
+        """From now on these rows emit ``token``, whatever the target says."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +41,23 @@ class Engine:
     """Runs requests through a decoder, at most ``max_rows`` at a time.
 
     ``in_step`` keeps finished rows in the batch until all are done, one token each a step: for logits processors
-    and criteria that look at the batch as a whole.
+    and criteria that look at the batch as a whole. With ``pad`` these rows then read and show nothing but padding.
     """
 
     def __init__(
-        self, decoder: Decoder, stopper: Stopper, *, max_rows: int | None = None, in_step: bool = False
+        self,
+        decoder: Decoder,
+        stopper: Stopper,
+        *,
+        max_rows: int | None = None,
+        in_step: bool = False,
+        pad: int | None = None,
     ) -> None:
         self.decoder = decoder
         self.stopper = stopper
         self.max_rows = max_rows
         self.in_step = in_step
+        self.pad = pad
         self._waiting: deque[Request] = deque()
         self._running: set[int] = set()
         self._finished: set[int] = set()
@@ -84,6 +100,9 @@ class Engine:
             self._evict(done)
         elif self._finished >= self._running:
             self._evict(self._running)
+        elif done and self.pad is not None:
+            assert isinstance(self.decoder, Holding), "only decoders of one token a step keep rows in step"
+            self.decoder.hold(sorted(done), self.pad)
 
     def _evict(self, request_ids: set[int]) -> None:
         gone = sorted(request_ids)

@@ -39,9 +39,9 @@ class CriteriaStopper:
         self.eos: set[int] = set()
         self.others: list[StoppingCriteria] = []
         for criterion in criteria:
-            if isinstance(criterion, EosTokenCriteria):
+            if type(criterion) is EosTokenCriteria:
                 self.eos |= set(criterion.eos_token_id.flatten().tolist())
-            elif not isinstance(criterion, MaxLengthCriteria):
+            elif type(criterion) is not MaxLengthCriteria:
                 self.others.append(criterion)
         self.num_new = [0] * len(prompts)
         self._ids = prompts
@@ -52,7 +52,8 @@ class CriteriaStopper:
 
     @staticmethod
     def is_rowwise(criteria: Sequence[StoppingCriteria]) -> bool:
-        return all(isinstance(c, _ROWWISE) for c in criteria)
+        # exact types: a subclass may look at anything
+        return all(type(c) in _ROWWISE for c in criteria)
 
     def clip(self, emission: Emission) -> tuple[int, bool]:
         """(tokens that count, finished) for one row's emission."""
@@ -67,8 +68,9 @@ class CriteriaStopper:
                     self._scores[row] += (emission.scores[index : index + 1],)
                 ids = self._ids[row : row + 1, :end]
                 # every criterion sees every token, as stateful ones expect
-                votes = [bool(c(ids, self._scores[row] or None).all()) for c in self.others]
-                done = done or any(votes)
+                votes = [c(ids, self._scores[row] or None) for c in self.others]
+                # [1], or the plain bool that transformers puts up with
+                done = done or any(bool(torch.as_tensor(vote).all()) for vote in votes)
             if done:
                 return index + 1, True
         return len(emission.tokens), False
@@ -84,6 +86,7 @@ class TogetherStopper:
         self._num_new = [0] * len(prompts)
         self._max_new_tokens = max_new_tokens
         self._verdict: list[bool] = [False] * len(prompts)
+        self._scores: tuple[Tensor, ...] = ()
 
     def observe(self, emissions: Sequence[Emission]) -> None:
         """Take one token of every row, then ask the criteria once."""
@@ -92,9 +95,12 @@ class TogetherStopper:
             self._ids[emission.request_id, self._prompt_length + self._num_new[emission.request_id]] = token
             self._num_new[emission.request_id] += 1
         ids = self._ids[:, : self._prompt_length + max(self._num_new)]
+        scores = [e.scores for e in sorted(emissions, key=lambda e: e.request_id) if e.scores is not None]
+        if scores:
+            self._scores += (torch.cat(scores),)  # [B, V]
         done = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
         for criterion in self._criteria:
-            done |= criterion(ids, None)
+            done |= criterion(ids, self._scores or None)
         self._verdict = [a or b for a, b in zip(self._verdict, done.tolist(), strict=True)]
 
     def clip(self, emission: Emission) -> tuple[int, bool]:

@@ -7,6 +7,7 @@ stopping criteria have been prepared by transformers itself. Knows no method: it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,11 +49,8 @@ class PreparedCall:
     def obstacle(self) -> str | None:
         """Why this call cannot be decoded row by row, or None where it can."""
         unknown = {name for name, value in self.inputs.items() if value is not None} - _KNOWN_INPUTS
-        cache = self.inputs.get("past_key_values")
         if unknown:
             return f"the model input {sorted(unknown)[0]!r} is not supported"
-        if cache is not None and cache.get_seq_length() > 0:
-            return "past_key_values already holds a context"
         if not self.config.use_cache:
             return "use_cache=False"
         if self.config.return_dict_in_generate and (self.config.output_attentions or self.config.output_hidden_states):
@@ -75,9 +73,11 @@ class PreparedCall:
         requests = self._requests(prompts, max_new)
         decoder = make_decoder(target, stats, together)
         columns = Columns(self, len(prompts), pads_after_end=self._has_eos() or not together)
-        engine = Engine(decoder, self._stopper(max_new, together), in_step=together)
-        with torch.no_grad():
-            for chunk in engine.run(requests):
+        pad = columns.pad if self._has_eos() else None
+        engine = Engine(decoder, self._stopper(max_new, together), in_step=together, pad=pad)
+        # closed at once when a streamer raises: the drafter outlives the call and must not keep its rows
+        with torch.no_grad(), closing(engine.run(requests)) as chunks:
+            for chunk in chunks:
                 if chunk.finished:  # contexts only grow until a row ends: the peak is at one of the ends
                     stats.state_bytes = max(stats.state_bytes, target.state_bytes())
                 columns.add(chunk)
@@ -102,18 +102,20 @@ class PreparedCall:
         return prompts
 
     def _max_new_tokens(self) -> int:
-        lengths = [c.max_length for c in self.stopping_criteria if isinstance(c, MaxLengthCriteria)]
-        return min([*lengths, self.config.max_length]) - self.input_ids.shape[1]
+        lengths = [c.max_length for c in self.stopping_criteria if type(c) is MaxLengthCriteria]
+        # criteria are asked after each token, so there is always one
+        return max(1, min([*lengths, self.config.max_length]) - self.input_ids.shape[1])
 
     def _has_eos(self) -> bool:
-        return any(isinstance(c, EosTokenCriteria) for c in self.stopping_criteria)
+        """Whether rows that have ended are padded, by transformers' own test."""
+        return any(hasattr(c, "eos_token_id") for c in self.stopping_criteria)
 
     def _must_stay_in_step(self) -> bool:
         """Whether somebody looks at the batch as a whole, so that all rows must be at the same length."""
         if len(self.input_ids) == 1:
             return False
         rowwise = LogitsPipeline(self.logits_processor).rowwise and CriteriaStopper.is_rowwise(self.stopping_criteria)
-        lengths_only = all(isinstance(c, MaxLengthCriteria | EosTokenCriteria) for c in self.stopping_criteria)
+        lengths_only = all(type(c) in (MaxLengthCriteria, EosTokenCriteria) for c in self.stopping_criteria)
         # without an end-of-sequence token transformers keeps writing rows that other criteria ended
         return not rowwise or not (self._has_eos() or lengths_only)
 
@@ -177,7 +179,7 @@ class Columns:
         self._num_streamed = 0
         self.num_counted = 0
         pad = call.config._pad_token_tensor
-        self._pad = 0 if pad is None else int(pad)
+        self.pad = 0 if pad is None else int(pad)
 
     def add(self, chunk: Chunk) -> None:
         """Take a chunk of one row; tokens after a row's end become padding where transformers pads."""
@@ -186,7 +188,7 @@ class Columns:
             self.num_counted += len(chunk.tokens)
             self._finished[row] = chunk.finished
         if chunk.late and self._pads_after_end:
-            self._tokens[row] += [self._pad] * len(chunk.tokens)
+            self._tokens[row] += [self.pad] * len(chunk.tokens)
         else:
             self._tokens[row] += chunk.tokens
         if chunk.logits is not None:
@@ -201,7 +203,7 @@ class Columns:
         if streamer is not None:
             streamer.end()
         width = max(len(tokens) for tokens in self._tokens)
-        new = torch.tensor([tokens + [self._pad] * (width - len(tokens)) for tokens in self._tokens])
+        new = torch.tensor([tokens + [self.pad] * (width - len(tokens)) for tokens in self._tokens])
         sequences = torch.cat([self._call.input_ids, new.to(self._call.input_ids)], dim=1)
         if not config.return_dict_in_generate:
             return sequences
@@ -222,7 +224,7 @@ class Columns:
         if ready is None:
             ready = max(len(t) for t in self._tokens)
         for column in range(self._num_streamed, ready):
-            tokens = [t[column] if column < len(t) else self._pad for t in self._tokens]
+            tokens = [t[column] if column < len(t) else self.pad for t in self._tokens]
             streamer.put(torch.tensor(tokens))
         self._num_streamed = max(self._num_streamed, ready)
 

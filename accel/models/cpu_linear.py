@@ -121,10 +121,20 @@ def _transposed(module: nn.Linear) -> LinearFunction:
 
 
 def _packed(module: nn.Linear) -> LinearFunction:
-    packed = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), None)
     run = torch.ops.mkldnn._linear_pointwise.default
-    bias = None if module.bias is None else module.bias.detach()
-    return lambda x: run(x, packed, bias, "none", [], "")
+    source: tuple[Tensor, int] | None = None
+    packed = torch.empty(0)
+
+    def forward(x: Tensor) -> Tensor:
+        nonlocal source, packed
+        weight = module.weight
+        # the copy must not outlive the weight it was made of: load_state_dict, an optimizer's step, a new Parameter
+        if source is None or source[0] is not weight or source[1] != weight._version:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+            source = (weight, weight._version)
+        return run(x, packed, module.bias, "none", [], "")
+
+    return forward
 
 
 _FUNCTIONS: dict[str, Callable[[nn.Linear], LinearFunction]] = {

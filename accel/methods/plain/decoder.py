@@ -28,6 +28,8 @@ class LiveRow:
     sampler: RowSampler
     pending: int = 0
     num_emitted: int = 0
+    # the token that stands for whatever would be drawn, once the row has ended and only keeps its neighbours company
+    held: int | None = None
 
     @property
     def num_left(self) -> int:
@@ -99,7 +101,8 @@ class RowDecoder:
         """Draw one token a row from raw logits ``[R, V]``."""
         needs_scores = any(r.request.keep_scores or not r.sampler.is_argmax for r in rows)
         scores = batch_scores([r.sampler for r in rows], logits) if needs_scores else logits
-        tokens = draw_rows([r.sampler for r in rows], scores)
+        drawn = draw_rows([r.sampler for r in rows], scores)
+        tokens = [token if live.held is None else live.held for live, token in zip(rows, drawn, strict=True)]
         return [
             self.emit(live, [token], logits[i : i + 1], scores[i : i + 1])
             for i, (live, token) in enumerate(zip(rows, tokens, strict=True))
@@ -134,6 +137,11 @@ class PlainDecoder(RowDecoder):
     def __init__(self, target: Target, options: PlainOptions, stats: Stats) -> None:
         super().__init__(target, stats)
         stats.method, stats.lossless = "plain", True
+
+    def hold(self, request_ids: Sequence[int], token: int) -> None:
+        """From now on these rows emit ``token``, whatever the target says."""
+        for id in request_ids:
+            self.live[id].held = token
 
     def advance(self) -> list[Emission]:
         start = time.perf_counter()

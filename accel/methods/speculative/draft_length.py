@@ -7,8 +7,10 @@ chosen; 0, plain decoding, is one of the choices.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 # acceptance is learned per bin of the drafter's own confidence
@@ -25,8 +27,14 @@ ASSUMED_COST_PER_POSITION = 0.03
 WINDOW = 15
 # a gain that is predicted below this is not worth the risk of the prediction
 LEAST_GAIN = 1.03
-# rounds between tries of a drafter that was turned off: doubled after each try that fails
+# a losing drafter sits out at least this many rounds: doubled after each try that fails
 FIRST_PROBE, LAST_PROBE = 8, 128
+# and as many as it takes for what the try lost to be this share of the time until the next one
+MOST_LOSS, LONGEST_PAUSE = 0.02, 512
+# rounds after which a step without drafts is timed again: everything is compared with it, and contexts grow
+STALE = 128
+# what a row's recent rounds gained over plain decoding fades by this a round: one poor guess is no verdict
+BALANCE_FORGET = 0.8
 
 
 class Acceptance:
@@ -70,13 +78,32 @@ class Costs:
     def __init__(self) -> None:
         self._verify: dict[int, deque[float]] = {}
         self._draft: deque[float] = deque(maxlen=WINDOW)
+        self._catching_up = False
+        self._last_seen: dict[int, int] = {}
+        self._num_steps = 0
+        # seconds of the last draft that had to catch up
+        self.catch_up = 0.0
+
+    @property
+    def knows_draft(self) -> bool:
+        """Whether drafting has been timed."""
+        return bool(self._draft)
+
+    def expect_catch_up(self) -> None:
+        """The next draft first reads a prompt, or all that a row gained in a pause: its time says little."""
+        self._catching_up = True
 
     def observe_verify(self, positions: int, seconds: float) -> None:
         self._verify.setdefault(positions, deque(maxlen=WINDOW)).append(seconds)
+        self._num_steps += 1
+        self._last_seen[positions] = self._num_steps
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
-        if tokens:
+        if self._catching_up:
+            self.catch_up = seconds
+        elif tokens:
             self._draft.append(seconds / tokens)
+        self._catching_up = False
 
     def draft(self) -> float:
         """Seconds per drafted token; 0 until measured, so that an unknown drafter is given a try."""
@@ -97,6 +124,11 @@ class Costs:
             return self._measured(below)
         share = (positions - below) / (above - below)
         return (1 - share) * self._measured(below) + share * self._measured(above)
+
+    def is_stale(self, positions: int) -> bool:
+        """Whether a step over so many positions was never timed, or long ago."""
+        seen = self._last_seen.get(positions)
+        return seen is None or self._num_steps - seen >= STALE
 
     def ratio(self, rows: int) -> float | None:
         """c: drafting one token over one plain target step."""
@@ -128,6 +160,20 @@ class FixedLength:
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None: ...
 
 
+@dataclass
+class _Trial:
+    """How a drafter that costs something is doing in one row.
+
+    ``pause``: rounds it still sits out; ``patience``: the least of the next pause. ``is_fresh``: its next draft is
+    the first since the row was opened or since a pause. ``balance``: tokens gained over plain decoding, fading.
+    """
+
+    patience: int
+    pause: int = 0
+    is_fresh: bool = True
+    balance: float = 0.0
+
+
 class AdaptiveLength:
     """The length that promises the most tokens per second, per row; shared over the calls of one attached model."""
 
@@ -136,46 +182,69 @@ class AdaptiveLength:
         self.costs = costs
         self._shared = Acceptance()
         self._rows: dict[int, Acceptance] = {}
-        # for drafters that cost something: rounds to sit out, and how long the next pause will be
-        self._pause: dict[int, int] = {}
-        self._next_pause: dict[int, int] = {}
+        self._trials: dict[int, _Trial] = {}
+        # where a new row starts: what the last one that ended had come to
+        self._patience = FIRST_PROBE
 
     def open(self, row: int) -> None:
         self._rows[row] = Acceptance(self._shared)
-        self._pause[row], self._next_pause[row] = 0, FIRST_PROBE
+        self._trials[row] = _Trial(self._patience)
 
     def close(self, row: int) -> None:
-        for table in (self._rows, self._pause, self._next_pause):
-            table.pop(row, None)
+        self._rows.pop(row, None)
+        trial = self._trials.pop(row, None)
+        if trial is not None:
+            self._patience = trial.patience
 
     def allowance(self, row: int) -> int:
         """How many tokens the drafter may propose this round; 0 while a losing drafter sits out."""
-        if self._pause[row] > 0:
-            self._pause[row] -= 1
+        trial = self._trials[row]
+        if trial.pause > 0:
+            trial.pause -= 1
             return 0
+        if trial.is_fresh:
+            self.costs.expect_catch_up()
         return self.longest
 
     def keep_going(self, row: int, confidences: Sequence[float], rows: int) -> bool:
         """Whether one more token is worth its drafting, judged before it is drafted by the last one's confidence."""
-        survival = self._rows[row].survival([*confidences, confidences[-1]] if confidences else [0.8])
+        if not confidences:
+            return True
+        if not self.costs.knows_draft:
+            return False  # a drafter of unknown cost is given a try, and not a long one
+        survival = self._rows[row].survival([*confidences, confidences[-1]])
         done = len(confidences)
-        now = self._rate(survival[:done], rows, drafted=done)
-        return done == 0 or self._rate(survival, rows, drafted=done + 1) > now
+        return self._rate(survival, rows, drafted=done + 1) > self._rate(survival[:done], rows, drafted=done)
 
     def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool) -> int:
         """How many of the drafted tokens to verify: their drafting is paid for, only verification still costs."""
+        trial = self._trials[row]
+        was_fresh, trial.is_fresh = trial.is_fresh, trial.is_fresh and not confidences
+        if self.costs.is_stale(rows):
+            return 0
         survival = self._rows[row].survival(confidences)
         rates = [self._rate(survival[:length], rows, drafted=0) for length in range(len(survival) + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
-        if not free:
-            # would the round have been better without its draft? then pause, and probe again later
-            spent = self._rate(survival[:best], rows, drafted=len(confidences))
-            if spent < rates[0]:
-                self._pause[row] = self._next_pause[row]
-                self._next_pause[row] = min(2 * self._next_pause[row], LAST_PROBE)
-            else:
-                self._next_pause[row] = FIRST_PROBE
-        return best if rates[best] >= LEAST_GAIN * rates[0] else 0
+        kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
+        # a fresh draft is not judged: what drafting costs may only be known after the next one
+        if free or not confidences or was_fresh:
+            return kept
+        paused = self._judge(trial, survival[:kept], rows, drafted=len(confidences))
+        # a failed try still verifies a token: without its outcome, the belief that made it fail could never change
+        return max(kept, 1) if paused else kept
+
+    def _judge(self, trial: _Trial, survival: Sequence[float], rows: int, drafted: int) -> bool:
+        """Whether recent rounds would have been better without their drafts: then the drafter is paused."""
+        steps = (self.costs.verify(rows * (1 + len(survival))) + drafted * self.costs.draft()) / self.costs.verify(rows)
+        trial.balance = BALANCE_FORGET * trial.balance + 1.0 + sum(survival) - steps
+        if trial.balance >= 0:
+            trial.patience = FIRST_PROBE
+            return False
+        lost = -trial.balance + self.costs.catch_up / self.costs.verify(rows)
+        trial.pause = min(max(trial.patience, math.ceil(lost / MOST_LOSS)), LONGEST_PAUSE)
+        trial.patience = min(2 * trial.patience, LAST_PROBE)
+        trial.is_fresh, trial.balance = True, 0.0
+        return True
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None:
         """The first ``matches`` tokens turned out right, of ``labels`` whose outcome is known, trimmed ones included."""

@@ -1,0 +1,112 @@
+"""``accel generate``: text from a model and its artifacts, streamed, with the figures of the call on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from accel.cli.common import Progress, artifact_option, emit, json_option, model_option, options_option, output_option
+from accel.errors import OptionError
+
+if TYPE_CHECKING:
+    from accel import Model, Stats
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+@click.command(short_help="Generate text with a model and its artifacts.")
+@click.argument("prompt", required=False)
+@model_option
+@artifact_option
+@options_option
+@click.option("--method", metavar="NAME", help="Decoding method, see `accel methods`. [default: speculative]")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Length limit.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample among the k most likely tokens.")
+@click.option("--seed", type=click.IntRange(min=0), help="Makes sampling repeatable.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without the chat template.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
+@click.option("--stats", "show_stats", is_flag=True, help="Print the figures of the call on stderr.")
+@json_option
+@output_option
+def generate(
+    prompt: str | None,
+    model: str | None,
+    artifact: tuple[str, ...],
+    options: dict[str, Any],
+    method: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    seed: int | None,
+    raw: bool,
+    device: str,
+    dtype: str,
+    show_stats: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """Generate text for PROMPT, or for what is piped in. The answer streams to stdout."""
+    text = prompt if prompt is not None else _piped()
+    sampling = _sampling(temperature, top_p, top_k)
+    if seed is not None:
+        options = {**options, "seed": seed}
+    import accel
+
+    with Progress() as progress:
+        progress("loading the model …")
+        loaded = accel.load(model or DEFAULT_MODEL, artifact, device=device, dtype=dtype, method=method, **options)
+    pieces: list[str] = []
+    for piece in _pieces(loaded, text, raw, max_new_tokens=max_new_tokens, **sampling):
+        pieces.append(piece)
+        if not as_json:
+            click.echo(piece, nl=False)
+    figures = loaded.stats
+    document = {"model": model or DEFAULT_MODEL, "prompt": text, "text": "".join(pieces), "stats": figures.as_dict()}
+    emit(document, "", as_json=as_json, output=output)
+    if show_stats:
+        click.echo(_summary(figures), err=True)
+
+
+def _piped() -> str:
+    if sys.stdin.isatty():
+        raise OptionError('no prompt: give one, as in accel generate "Why is the sky blue?", or pipe one in')
+    text = sys.stdin.read().strip()
+    if not text:
+        raise OptionError("the prompt is empty: give at least one word")
+    return text
+
+
+def _sampling(temperature: float, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    if temperature == 0:
+        if top_p is not None or top_k is not None:
+            raise OptionError("--top-p and --top-k need sampling: set --temperature above 0 as well")
+        return {"do_sample": False}
+    chosen = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": top_k if top_k is not None else 0}
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _pieces(loaded: Model, text: str, raw: bool, **settings: Any) -> Iterator[str]:
+    if raw:
+        yield loaded.generate(text, **settings)
+    else:
+        yield from loaded.stream(text, **settings)
+
+
+def _summary(stats: Stats) -> str:
+    seconds = sum(stats.seconds.values())
+    parts = [
+        f"{stats.generated_tokens} tokens in {seconds:.2f} s ({stats.generated_tokens / max(seconds, 1e-9):.1f} tokens/s)",
+        f"{stats.method}, {'lossless' if stats.lossless else 'lossy'}",
+        f"τ {stats.mean_accepted_length:.2f}",
+    ]
+    if stats.acceptance_rate is not None:
+        parts.append(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")
+    return " · ".join([*parts, *stats.notes])
