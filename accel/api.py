@@ -60,7 +60,7 @@ def generate(
     The method's options (``drafter=``, ``draft_length=``, …) may stand among the keyword arguments.
     """
     cls = get(method or "speculative").load_options()
-    names = {field.name for field in dataclasses.fields(cls)} if cls else set()  # type: ignore[arg-type]
+    names = {field.name for field in dataclasses.fields(cls)} if cls else set()
     # transformers' own generate() takes a tokenizer too
     names |= set(SHARED_OPTIONS) - {"tokenizer"}
     options = {name: generate_kwargs.pop(name) for name in sorted(names & set(generate_kwargs))}
@@ -100,6 +100,21 @@ def load(
     return Model(attach(model, *artifacts, **options), tokenizer)
 
 
+class _Abandoned(Exception):
+    """Nobody reads the stream any more."""
+
+
+class _Pieces(TextIteratorStreamer):
+    """Hands text from the thread that decodes to the one that reads."""
+
+    abandoned = False
+
+    def put(self, value: Tensor) -> None:
+        if self.abandoned:
+            raise _Abandoned
+        super().put(value)
+
+
 @dataclass(frozen=True)
 class Model:
     """An accelerated transformers model with its tokenizer."""
@@ -126,20 +141,26 @@ class Model:
         if not has_template and not isinstance(messages, str):
             raise OptionError("this model has no chat template: stream() takes one string of text for it")
         inputs = self._encode_chat(messages) if has_template else self._encode(str(messages))
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
                 self.model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **generate_kwargs)
+            except _Abandoned:
+                pass
             except BaseException as error:
                 failure.append(error)
                 streamer.end()
 
         worker = Thread(target=run, daemon=True)
         worker.start()
-        yield from (piece for piece in streamer if piece)
-        worker.join()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            # a reader that stops early stops the decoding too: the model must be free for its next call
+            streamer.abandoned = True
+            worker.join()
         if failure:
             raise failure[0]
 

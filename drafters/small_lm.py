@@ -1,4 +1,4 @@
-"""A small causal language model as the drafter: it shares the target's tokenizer, and maybe only part of its vocabulary.
+"""A small causal language model as the drafter, with the target's tokenizer and maybe only part of its vocabulary.
 
 Rows live in a ``SoftmaxTarget`` of the draft model. Final tokens are committed there; drafted ones stay tentative
 until ``observe`` tells which of them came true.
@@ -35,7 +35,8 @@ class VocabularyMap:
             raise IncompatibleError("d2t must list each target id at most once, one entry a draft id")
         if int(self.d2t.min()) < 0 or int(self.d2t.max()) >= self.target_vocab_size:
             raise IncompatibleError(
-                f"d2t names target ids up to {int(self.d2t.max())}, but the target's vocabulary has {self.target_vocab_size}"
+                f"d2t names target ids up to {int(self.d2t.max())}, but the target's vocabulary has "
+                f"{self.target_vocab_size}"
             )
         if not 0 <= self.unknown < len(self.d2t):
             raise IncompatibleError(f"unknown={self.unknown} is no draft id: the draft vocabulary has {len(self.d2t)}")

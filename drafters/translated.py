@@ -5,9 +5,9 @@ greedily, and the continuation is cut into the target's tokens. Only short windo
 of the text. A guess is a point mass (``probs`` is None), which is lossless at any temperature.
 
 What is proposed: the drafted text is tokenised together with the row's last few tokens. These must come back as they
-are; where they do not (the text would have been cut differently), nothing is proposed. The last token of the result
-could still grow with the next drafted letter, so a token is proposed only when another one follows it or the draft
-has ended its text. A character is proposed whole or not at all.
+are; where they do not (the text would have been cut differently), nothing is proposed. The next drafted letter may
+change how the last word is cut, so the tokens of the last word (with the space in front of it) are kept back, one at
+least and eight at most, unless the draft has ended its text. A character is proposed whole or not at all.
 
 Confidence: each draft token counts for the target token in which its text begins; a target token's confidence is the
 product of the probabilities of the draft tokens that count for it, 1 where there are none. So the product over a
@@ -18,9 +18,11 @@ Special tokens (a chat template's, say) mean nothing to another tokenizer: they 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,6 +39,12 @@ BROKEN = "\ufffd"
 MAX_BROKEN_TOKENS = 3
 # target tokens that are tokenised again in front of drafted text
 WINDOW = 8
+# a word that the next letter may still change, as most tokenizers cut words: letters and digits, or marks, or space;
+# in scripts that put no spaces between words (Thai, Lao, kana, Han) a single letter
+UNSPACED = "\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff"
+LAST_WORD = re.compile(rf"\s*(?:[{UNSPACED}]|[^\W{UNSPACED}]+|[^\w\s]+)?$")
+# more tokens than these are not kept back: a word may be an endless number
+MAX_LOOSE_TOKENS = 8
 # characters of known text that are tokenised again in front of new text; the whole text where these do not do
 LOOKBACKS = (64, 512)
 # draft tokens at the end of the text that stay uncommitted, because new text may change how it is cut
@@ -267,7 +275,7 @@ class TranslatedDrafter:
             draft.text, broken, rest = text.partition(BROKEN)
             draft.broken = bool(broken)
             # bytes that no later byte will make a character of
-            draft.ended |= bool(rest.strip(BROKEN)) or len(rest) >= MAX_BROKEN_TOKENS
+            draft.ended |= bool(rest.strip(BROKEN))
         before = len(draft.tokens)
         draft.tokens = self._proposal(draft)
         draft.grew = len(draft.tokens) > before
@@ -276,24 +284,40 @@ class TranslatedDrafter:
     def _proposal(self, draft: _Growing) -> list[int]:
         """The drafted text in target tokens, by the rule in the module's docstring."""
         window = [*draft.anchor, *draft.row.tokens[draft.row.num_told :]]
-        pieces = self._final.encode(self._final.decode(draft.anchor) + draft.text)
+        known = self._final.decode(draft.anchor)
+        pieces = self._final.encode(known + draft.text)
+        word = LAST_WORD.search(known + draft.text)
+        sure = word.start() if word is not None else 0
         if pieces[: len(window)] != window:
-            # one letter may yet be undone by the next; two rarely are
-            draft.ended |= len(draft.drafted) > 1
+            # only while the word at the boundary still grows can that be undone
+            draft.ended |= sure > len(known)
             return []
-        tokens = pieces[len(window) :] if draft.ended and not draft.broken else pieces[len(window) : -1]
+        tokens = pieces[len(window) :]
+        if draft.broken or not draft.ended:
+            tokens = self._certain(window, tokens, sure)
         tokens = tokens[: draft.ask.max_tokens]
         while tokens and self._final.decode([*window, *tokens]).endswith(BROKEN):
             tokens.pop()
         return tokens
 
+    def _certain(self, window: list[int], tokens: list[int], sure: int) -> list[int]:
+        """``tokens``, which stand behind ``window``, without those that end behind ``sure`` characters."""
+        kept = tokens[:-1]
+        while len(tokens) - len(kept) < MAX_LOOSE_TOKENS and kept and self._length([*window, *kept]) > sure:
+            kept = kept[:-1]
+        return kept
+
+    def _length(self, tokens: list[int]) -> int:
+        """Whole characters that target tokens spell."""
+        return len(self._final.decode(tokens).rstrip(BROKEN))
+
     def _confidence(self, draft: _Growing) -> list[float]:
         if not draft.tokens:
             return []
         window = [*draft.anchor, *draft.row.tokens[draft.row.num_told :]]
-        texts = [self._final.decode([*window, *draft.tokens[:i]]) for i in range(len(draft.tokens) + 1)]
-        lengths = [len(text.rstrip(BROKEN)) for text in texts]
-        *starts, end = [length - lengths[0] for length in lengths]
+        lengths = [self._length([*window, *draft.tokens[:i]]) for i in range(len(draft.tokens) + 1)]
+        # some decoders take back whole characters while the bytes behind them are not complete
+        *starts, end = accumulate((length - lengths[0] for length in lengths), max)
         confidence = [1.0] * len(starts)
         for start, belief in zip(draft.starts, draft.beliefs, strict=True):
             if start < end:

@@ -103,7 +103,8 @@ def _pieces(loaded: Model, text: str, raw: bool, **settings: Any) -> Iterator[st
 def _summary(stats: Stats) -> str:
     seconds = sum(stats.seconds.values())
     parts = [
-        f"{stats.generated_tokens} tokens in {seconds:.2f} s ({stats.generated_tokens / max(seconds, 1e-9):.1f} tokens/s)",
+        f"{stats.generated_tokens} tokens in {seconds:.2f} s",
+        f"{stats.generated_tokens / max(seconds, 1e-9):.1f} tokens/s",
         f"{stats.method}, {'lossless' if stats.lossless else 'lossy'}",
         f"τ {stats.mean_accepted_length:.2f}",
     ]

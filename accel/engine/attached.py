@@ -15,7 +15,6 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from accel.axes import Decoder
 from accel.drafters.base import Drafter
-from accel.drafters.ngram import NgramDrafter
 from accel.engine.drafts import drafter_from
 from accel.engine.transformers_call import DecoderFactory, PreparedCall
 from accel.errors import IncompatibleError, OptionError
@@ -64,8 +63,9 @@ class Attached:
 
     def install(self) -> None:
         """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
-        drafts = [self.draft.model] if isinstance(getattr(self.draft, "model", None), PreTrainedModel) else []
-        self._linears = [cpu_linear.install(m, self.cpu_linear) for m in [self.model, *drafts]]
+        draft = getattr(self.draft, "model", None)
+        models = [self.model, draft] if isinstance(draft, PreTrainedModel) else [self.model]
+        self._linears = [cpu_linear.install(model, self.cpu_linear) for model in models]
         self.model.__dict__[STATE] = self
         self.model.__dict__[GENERATE] = self.generate
 
@@ -93,9 +93,7 @@ class Attached:
         plain_generate = type(self.model).generate
         if reason is not None:
             self._say(f"decoded by transformers, not by accel: {reason}")
-            return plain_generate(
-                self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs
-            )
+            return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
         kwargs.pop("custom_generate", None)
         factory = self._factory_for_call(settings, kwargs)
         criteria = StoppingCriteriaList(stopping_criteria or [])
@@ -207,7 +205,9 @@ class Attached:
         if not artifacts:
             return None
         if self.method.name != "speculative":
-            raise IncompatibleError(f"method {self.method.name!r} takes no artifact: leave it out, or use 'speculative'")
+            raise IncompatibleError(
+                f"method {self.method.name!r} takes no artifact: leave it out, or use 'speculative'"
+            )
         if len(artifacts) > 1:
             raise IncompatibleError(f"{len(artifacts)} artifacts given: speculative decoding takes one draft")
         return drafter_from(artifacts[0], self.model, tokenizer, draft_tokenizer)

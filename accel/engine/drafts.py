@@ -45,7 +45,8 @@ def drafter_from(
     if isinstance(given, Drafter):
         return given
     raise ArtifactError(
-        f"{type(given).__name__} is no artifact: give a path or id, an accel.Artifact, a transformers model or a Drafter"
+        f"{type(given).__name__} is no artifact: give a path or id, an accel.Artifact, a transformers model or an "
+        "accel.Drafter"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -62,7 +62,7 @@ class Engine:
         self._running: set[int] = set()
         self._finished: set[int] = set()
 
-    def run(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+    def run(self, requests: Sequence[Request]) -> Generator[Chunk, None, None]:
         """Chunks of all requests, as their tokens become final. Rows are freed however the iteration ends."""
         self._waiting.extend(requests)
         try:

@@ -48,13 +48,13 @@ class PreparedCall:
 
     def obstacle(self) -> str | None:
         """Why this call cannot be decoded row by row, or None where it can."""
+        if self.config.return_dict_in_generate and (self.config.output_attentions or self.config.output_hidden_states):
+            return "attentions and hidden states are not recorded"
         unknown = {name for name, value in self.inputs.items() if value is not None} - _KNOWN_INPUTS
         if unknown:
             return f"the model input {sorted(unknown)[0]!r} is not supported"
         if not self.config.use_cache:
             return "use_cache=False"
-        if self.config.return_dict_in_generate and (self.config.output_attentions or self.config.output_hidden_states):
-            return "attentions and hidden states are not recorded"
         mask = self.inputs.get("attention_mask")
         if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
             return "the attention mask has gaps or right padding"

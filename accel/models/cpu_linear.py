@@ -8,16 +8,16 @@ for one row and a poor matrix-matrix shape for a few; both leave memory bandwidt
 ``transposed``  ``weight @ x.T`` (one row is padded to two), no extra memory;
 ``linear``      ``F.linear`` itself.
 
-``auto`` measures them on a sample of the model's own weights and takes, per number of rows, the fastest whose memory
+``auto`` measures them on a sample of the model's own shapes and takes, per number of rows, the fastest whose memory
 fits. All three compute the same sums in another order: results differ by rounding only.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from statistics import median
 
 import psutil
 import torch
@@ -30,12 +30,15 @@ WAYS = ("auto", "packed", "transposed", "linear")
 
 # row counts that are measured; a count in between takes the way of the next one up
 MEASURED_ROWS = (1, 2, 4, 8, 16)
-# weights measured: enough to stream from memory and not from the last-level cache
+# size of the measured sample: enough to stream from memory and not from the last-level cache
 SAMPLE_BYTES = 96 << 20
 # packing is skipped where the copy would take more than this share of the memory that is free
 MAX_SHARE_OF_FREE_MEMORY = 0.5
 
 LinearFunction = Callable[[Tensor], Tensor]
+# inputs, outputs, has a bias
+Shape = tuple[int, int, bool]
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,13 @@ def install(model: nn.Module, way: str = "auto") -> Installed:
         raise OptionError("cpu_linear='packed' needs a torch built with oneDNN: use 'transposed' or 'auto'")
     if way == "auto":
         fits = weights <= MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
-        way_by_rows = _measure(modules, ["linear", "transposed", *(["packed"] if can_pack and fits else [])])
+        ways = ("linear", "transposed", *(["packed"] if can_pack and fits else []))
+        way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
         way_by_rows = dict.fromkeys(MEASURED_ROWS, way)
     packs = "packed" in way_by_rows.values()
     for module in modules:
-        module.forward = _dispatch(module, way_by_rows)  # type: ignore[method-assign]
+        module.forward = _dispatch(module, way_by_rows)  # type: ignore[method-assign, assignment]
     return Installed(modules, way_by_rows, weights if packs else 0)
 
 
@@ -81,6 +85,7 @@ def _eligible(model: nn.Module) -> Iterable[nn.Linear]:
             type(module) is nn.Linear
             and module.weight.dtype == torch.float32
             and module.weight.device.type == "cpu"
+            and not module.weight.is_inference()  # torch does not tell when these are written to
             and "forward" not in module.__dict__
         ):
             yield module
@@ -89,13 +94,20 @@ def _eligible(model: nn.Module) -> Iterable[nn.Linear]:
 def _dispatch(module: nn.Linear, way_by_rows: dict[int, str]) -> LinearFunction:
     """The layer's new forward: picks by the number of rows in the input."""
     functions = {way: _FUNCTIONS[way](module) for way in set(way_by_rows.values())}
-    if len(functions) == 1:
-        return next(iter(functions.values()))
     most = MEASURED_ROWS[-1]
     table = [functions[way_by_rows[next(r for r in MEASURED_ROWS if r >= n)]] for n in range(1, most + 1)]
     features = module.in_features
 
     def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        # training, autocast and a model that was moved or cast meanwhile are torch's own business
+        if (
+            torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or not x.dtype == weight.dtype == torch.float32
+            or not x.device == weight.device == _CPU
+        ):
+            return F.linear(x, weight, module.bias)
         rows = x.numel() // features
         return table[min(max(rows, 1), most) - 1](x)
 
@@ -111,30 +123,36 @@ def _transposed(module: nn.Linear) -> LinearFunction:
         flat = x.reshape(-1, x.shape[-1])
         rows = flat.shape[0]
         # two columns take MKL's matrix-matrix path, which streams the weight faster than its matrix-vector one
-        columns = flat.t() if rows > 1 else flat.t().expand(-1, 2)
+        columns = flat.t().expand(-1, 2) if rows == 1 else flat.t()
         out = (module.weight @ columns).t()[:rows]
         if module.bias is not None:
             out = out + module.bias
-        return out.reshape(*x.shape[:-1], -1)
+        return out.reshape(*x.shape[:-1], module.out_features)
 
     return forward
 
 
 def _packed(module: nn.Linear) -> LinearFunction:
     run = torch.ops.mkldnn._linear_pointwise.default
-    source: tuple[Tensor, int] | None = None
-    packed = torch.empty(0)
+    packed, made_of = _pack(module.weight)
 
     def forward(x: Tensor) -> Tensor:
-        nonlocal source, packed
-        weight = module.weight
-        # the copy must not outlive the weight it was made of: load_state_dict, an optimizer's step, a new Parameter
-        if source is None or source[0] is not weight or source[1] != weight._version:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-            source = (weight, weight._version)
+        nonlocal packed, made_of
+        # the copy must not outlive what it was made of: load_state_dict, an optimizer's step, another Parameter
+        if made_of != _state(module.weight):
+            packed, made_of = _pack(module.weight)
         return run(x, packed, module.bias, "none", [], "")
 
     return forward
+
+
+def _pack(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None), _state(weight)
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes whenever the weight is replaced or written to (through ``.data`` alone, torch does not say)."""
+    return weight.data_ptr(), weight._version
 
 
 _FUNCTIONS: dict[str, Callable[[nn.Linear], LinearFunction]] = {
@@ -147,32 +165,53 @@ _FUNCTIONS: dict[str, Callable[[nn.Linear], LinearFunction]] = {
 def _packing_works() -> bool:
     """Whether this torch has oneDNN's packed linear; the operators are torch.compile's own, hence the probe."""
     try:
-        probe = nn.Linear(16, 16)
-        x = torch.ones(1, 16)
         with torch.no_grad():
+            probe, x = _ones(16, 16, True), torch.ones(1, 16)
             return bool(torch.allclose(_packed(probe)(x), probe(x), atol=1e-5))
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
 
 
-@torch.no_grad()
-def _measure(modules: tuple[nn.Linear, ...], ways: list[str]) -> dict[int, str]:
-    """The fastest way per number of rows, over a sample of the weights read one after the other."""
-    sample, size = [], 0
+def _sample(modules: Iterable[nn.Linear]) -> tuple[Shape, ...]:
+    """The shapes of the first layers, enough of them to leave the cache: what the choice depends on."""
+    sample: list[Shape] = []
     for module in modules:
-        if size < SAMPLE_BYTES:
-            sample.append(module)
-            size += module.weight.numel() * 4
-    functions = {way: [_FUNCTIONS[way](m) for m in sample] for way in ways}
-    best: dict[int, str] = {}
-    for rows in MEASURED_ROWS:
-        inputs = [torch.ones(rows, m.in_features) for m in sample]
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for _ in range(4):
-            for way in ways:  # in turn, so that a slow moment of the machine hits all of them
-                start = time.perf_counter()
-                for function, x in zip(functions[way], inputs, strict=True):
-                    function(x)
-                seconds[way].append(time.perf_counter() - start)
-        best[rows] = min(ways, key=lambda way: median(seconds[way][1:]))
-    return best
+        if sum(4 * inputs * outputs for inputs, outputs, _ in sample) < SAMPLE_BYTES:
+            sample.append((module.in_features, module.out_features, module.bias is not None))
+    return tuple(sample)
+
+
+@functools.lru_cache(maxsize=32)
+def _fastest(sample: tuple[Shape, ...], ways: tuple[str, ...], num_threads: int) -> tuple[tuple[int, str], ...]:
+    """(rows, the fastest way) for each measured number of rows; measured once a process, so attaching stays quick.
+
+    ``num_threads`` is there to be a part of the key.
+    """
+    with torch.no_grad():
+        layers = [_ones(*shape) for shape in sample]
+        functions = {way: [_FUNCTIONS[way](layer) for layer in layers] for way in ways}
+        best = []
+        for rows in MEASURED_ROWS:
+            inputs = [torch.ones(rows, layer.in_features) for layer in layers]
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            for _ in range(4):
+                for way in ways:  # in turn, so that a slow moment of the machine hits all of them
+                    seconds[way].append(_time(functions[way], inputs))
+            # the least time is what a way can do; a median of so few would follow the machine's other work
+            best.append((rows, min(ways, key=lambda way: min(seconds[way]))))
+    return tuple(best)
+
+
+def _ones(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+    """A layer of that shape without touching anybody's random numbers."""
+    layer = nn.Linear(inputs, outputs, bias, device="meta").to_empty(device="cpu")
+    for parameter in layer.parameters():
+        parameter.fill_(1.0)
+    return layer
+
+
+def _time(functions: Iterable[LinearFunction], inputs: Iterable[Tensor]) -> float:
+    start = time.perf_counter()
+    for function, x in zip(functions, inputs, strict=True):
+        function(x)
+    return time.perf_counter() - start

@@ -147,7 +147,10 @@ def _merged(
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """[.., Q, D] × [.., L, D] → out [.., Q, Dv] and log-sum-exp [.., Q, 1], in fp32; a query that sees nothing gets 0."""
+    """[.., Q, D] × [.., L, D] → out [.., Q, Dv] and log-sum-exp [.., Q, 1], in fp32.
+
+    A query that sees nothing gets 0 and -inf.
+    """
     scores = query @ keys.float().transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -228,7 +228,7 @@ def pairs_of(drafter, rows, prompt):
 
 
 def test_sampled_tokens_follow_their_distribution():
-    """Chi-square of the joint distribution of two drafted tokens against exact enumeration; other seeds, other tokens."""
+    """Chi-square of the joint distribution of two drafted tokens against exact enumeration."""
     rows, prompt = 3000, [2, 7]
     counts = pairs_of(SmallLMDrafter(MODEL, VOCAB), rows, prompt)
     first = warp(logits_after(MODEL, prompt)[None])[0].softmax(-1)

@@ -160,7 +160,7 @@ def play(data, mirror, steps):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_hold_what_was_kept_whatever_happens(family):
-    examples = 150 if family == "llama" else 40
+    examples = 80 if family == "llama" else 15
 
     @given(st.data())
     @settings(
@@ -342,6 +342,25 @@ def test_nothing_that_a_closed_row_left_is_read(family):
     mirror.forward(torch.tensor([[5, 6], [7, 8]]), [newest, 1])
     mirror.commit([newest, 1], [1, 2])
     mirror.forward(torch.tensor([[5], [7], [9]]), [1, newest, newest - 1])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_that_overflowed_does_not_poison_the_next_one(family):
+    """fp16 can leave NaN behind; a weight of zero times NaN is NaN, so a slot must be clean before it is used again."""
+    mirror = Mirror(MODELS[family])
+    mirror.open()
+    mirror.open()
+    mirror.forward(torch.arange(3, 17).view(2, 7), [0, 1])
+    mirror.commit([0, 1], [7, 7])
+    slot = mirror.target.cache.rows[0].slot
+    mirror.close([0])
+    for store in (*mirror.target.cache._keys, *mirror.target.cache._values):
+        store[slot].fill_(float("nan"))
+    mirror.open()
+    assert mirror.target.cache.rows[2].slot == slot
+    mirror.forward(torch.tensor([[5, 6], [7, 8]]), [2, 1])
+    mirror.commit([2, 1], [2, 2])
+    mirror.forward(torch.tensor([[9]]), [2])
 
 
 # the model it borrows

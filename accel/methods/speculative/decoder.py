@@ -184,7 +184,7 @@ class SpeculativeDecoder(RowDecoder):
         return [_Verdict(counts[i], next_tokens[i], scores[i]) for i in range(len(members))]
 
     def _acceptance(self, has_q: bool) -> str:
-        """Block verification gains only where the draft was sampled; for a certain guess both rules are the same law."""
+        """Block verification gains only where the draft was sampled; for a certain guess both rules are one law."""
         if not has_q or self.options.lenience is not None:
             return "token"
         return "token" if self.options.acceptance == "token" else "block"
@@ -234,7 +234,8 @@ class SpeculativeDecoder(RowDecoder):
                 "acceptance='block' looks at all drafted positions, but a custom logits processor may only see kept "
                 "tokens: use acceptance='token' or 'auto'"
             )
-        if self.options.lenience is not None and not request.do_sample and pipeline is not None and not pipeline.rowwise:
+        custom = pipeline is not None and not pipeline.rowwise
+        if self.options.lenience is not None and not request.do_sample and custom:
             raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
 
 

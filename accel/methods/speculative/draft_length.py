@@ -17,10 +17,10 @@ from statistics import median
 NUM_BINS = 10
 # weight, in observations, of the belief that confidence is already calibrated / that a row is like the other rows
 PRIOR_WEIGHT = 4.0
-ROW_PRIOR_WEIGHT = 8.0
+ROW_PRIOR_WEIGHT = 16.0
 # an observation's weight after n later ones is FORGET**n: text changes its mind
 FORGET = 0.99
-ROW_FORGET = 0.9
+ROW_FORGET = 0.95
 # cost of verifying one more position, as a share of one step, believed until it is measured
 ASSUMED_COST_PER_POSITION = 0.03
 # recent timings kept per number of positions
@@ -34,7 +34,7 @@ MOST_LOSS, LONGEST_PAUSE = 0.02, 512
 # rounds after which a step without drafts is timed again: everything is compared with it, and contexts grow
 STALE = 128
 # what a row's recent rounds gained over plain decoding fades by this a round: one poor guess is no verdict
-BALANCE_FORGET = 0.8
+BALANCE_FORGET = 0.9
 
 
 class Acceptance:
@@ -247,10 +247,12 @@ class AdaptiveLength:
         return True
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None:
-        """The first ``matches`` tokens turned out right, of ``labels`` whose outcome is known, trimmed ones included."""
+        """The first ``matches`` tokens came true, of ``labels`` whose outcome is known, trimmed ones included."""
         estimate = self._rows[row]
         for index in range(min(matches + 1, labels)):
             estimate.observe(confidences[index], index < matches)
+        if matches and self._trials[row].pause:
+            self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
 
     def _rate(self, survival: Sequence[float], rows: int, drafted: int) -> float:
         """Expected tokens per second of a round that verifies ``len(survival)`` tokens after drafting ``drafted``."""

@@ -28,11 +28,14 @@ class SpeculativeOptions:
         metadata={"help": "tokens drafted a round: a number, or auto (from measured acceptance and cost, per row)"},
     )
     max_draft_length: int = field(
-        default=16, metadata={"help": f"the most that draft_length='auto' may draft in a round (1 to {MAX_DRAFT_LENGTH})"}
+        default=16,
+        metadata={"help": f"the most that draft_length='auto' may draft in a round (1 to {MAX_DRAFT_LENGTH})"},
     )
     acceptance: str = field(
         default="auto",
-        metadata={"help": "how sampled drafts are verified: token, block, or auto (block where it applies); all lossless"},
+        metadata={
+            "help": "how sampled drafts are verified: token, block, or auto (block where it applies); all lossless"
+        },
     )
     lenience: tuple[str, float] | None = field(
         default=None,
