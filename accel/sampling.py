@@ -117,6 +117,16 @@ class RowSampler:
         assert self.pipeline.ignores_ids
         return self.pipeline.warp(logits) if self.pipeline else logits.float()
 
+    def choose(self, scores: Tensor) -> int:
+        """The row's next token from scores ``[V]``: the argmax, or a draw that takes one uniform.
+
+        A draw depends on the scores and on how many tokens the row has drawn before, and on nothing else: whoever
+        guesses the token, and however far ahead, the same one comes out.
+        """
+        if not self.request.do_sample:
+            return int(scores.argmax())
+        return draw(scores.double().softmax(-1), float(self.uniforms(1)))
+
     def uniforms(self, count: int) -> Tensor:
         """The row's next ``count`` uniforms in [0, 1), float64 on the CPU."""
         return torch.rand(count, dtype=torch.float64, generator=self.generator)
@@ -138,9 +148,7 @@ def batch_scores(samplers: Sequence[RowSampler], logits: Tensor) -> Tensor:
 
 def draw_rows(samplers: Sequence[RowSampler], scores: Tensor) -> list[int]:
     """One token a row from scores ``[R, V]``: argmax, or a draw with the row's own generator."""
+    if any(sampler.request.do_sample for sampler in samplers):
+        return [sampler.choose(row) for sampler, row in zip(samplers, scores, strict=True)]
     tokens: list[int] = scores.argmax(-1).tolist()
-    for index, sampler in enumerate(samplers):
-        if sampler.request.do_sample:
-            weights = scores[index].double().softmax(-1)
-            tokens[index] = draw(weights, float(sampler.uniforms(1)))
     return tokens

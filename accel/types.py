@@ -26,6 +26,8 @@ class Request:
     history: Tensor
     do_sample: bool = False
     seed: int = 0
+    # tokens that end the row: a decoder that looks ahead has nothing to look for behind them
+    stop_tokens: frozenset[int] = frozenset()
     # accel.engine.sampling.LogitsPipeline: raw logits → the scores tokens are drawn from
     pipeline: Any = None
     # keep raw logits / processed scores of every kept token, for return_dict_in_generate

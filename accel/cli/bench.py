@@ -109,9 +109,7 @@ def bench(
     click.echo(saving.dump(document) if as_json else report.terminal(document), nl=False)
 
 
-def _bench_steps(
-    model: str, threads: int | None, device: str, dtype: str, as_json: bool, output: Path | None
-) -> None:
+def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_json: bool, output: Path | None) -> None:
     import torch
 
     from accel import detach, load

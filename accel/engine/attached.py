@@ -17,7 +17,7 @@ from accel.axes import Decoder
 from accel.drafters.base import Drafter
 from accel.engine.drafts import drafter_from
 from accel.engine.transformers_call import DecoderFactory, PreparedCall
-from accel.errors import IncompatibleError, OptionError
+from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods import get
 from accel.models import cpu_linear
 from accel.models.softmax_target import SoftmaxTarget
@@ -56,6 +56,7 @@ class Attached:
         self.draft = self._draft(artifacts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
         self.stats = Stats()
         self._said: set[str] = set()
+        self._busy = False
         self._speculators: dict[object, Any] = {}
         self._linears: list[cpu_linear.Installed] = []
         if self.method.name == "speculative":
@@ -86,6 +87,23 @@ class Attached:
         **kwargs: Any,
     ) -> Any:
         """transformers' generate(), with the decoding done by accel wherever the arguments allow it."""
+        with self._one_call_at_a_time():
+            return self._generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+
+    @contextmanager
+    def _one_call_at_a_time(self) -> Iterator[None]:
+        """Rows of two calls would mix in the drafter, and one call's stats would be the other's."""
+        if self._busy:
+            raise AccelError("this model is busy with another generate(): wait for it, or attach a second model")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+
+    def _generate(
+        self, inputs: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any
+    ) -> Any:
         _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"))
         settings = _Settings(self.model, generation_config, kwargs)
         reason = self._reason_for_transformers(settings, kwargs)

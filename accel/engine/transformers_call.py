@@ -126,6 +126,8 @@ class PreparedCall:
     def _requests(self, prompts: Sequence[Tensor], max_new: int) -> list[Request]:
         config = self.config
         pipeline = LogitsPipeline(self.logits_processor)
+        ends = [c.eos_token_id.flatten().tolist() for c in self.stopping_criteria if type(c) is EosTokenCriteria]
+        stop_tokens = frozenset(token for tokens in ends for token in tokens)
         # drawn from torch's global generator, so that torch.manual_seed reproduces a call as it does in transformers
         base = int(torch.randint(2**62, ())) if self.seed is None and config.do_sample else self.seed or 0
         return [
@@ -136,6 +138,7 @@ class PreparedCall:
                 max_new_tokens=max_new,
                 do_sample=bool(config.do_sample),
                 seed=row_seed(base, index),
+                stop_tokens=stop_tokens,
                 pipeline=pipeline,
                 keep_logits=bool(config.return_dict_in_generate and config.output_logits),
                 keep_scores=bool(config.return_dict_in_generate and config.output_scores),

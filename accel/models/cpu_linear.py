@@ -18,6 +18,8 @@ import functools
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import MethodType
+from typing import Any
 
 import psutil
 import torch
@@ -74,7 +76,7 @@ def install(model: nn.Module, way: str = "auto") -> Installed:
         way_by_rows = dict.fromkeys(MEASURED_ROWS, way)
     packs = "packed" in way_by_rows.values()
     for module in modules:
-        module.forward = _dispatch(module, way_by_rows)  # type: ignore[method-assign, assignment]
+        module.forward = _FastForward(module, way_by_rows)  # type: ignore[method-assign, assignment]
     return Installed(modules, way_by_rows, weights if packs else 0)
 
 
@@ -91,14 +93,19 @@ def _eligible(model: nn.Module) -> Iterable[nn.Linear]:
             yield module
 
 
-def _dispatch(module: nn.Linear, way_by_rows: dict[int, str]) -> LinearFunction:
-    """The layer's new forward: picks by the number of rows in the input."""
-    functions = {way: _FUNCTIONS[way](module) for way in set(way_by_rows.values())}
-    most = MEASURED_ROWS[-1]
-    table = [functions[way_by_rows[next(r for r in MEASURED_ROWS if r >= n)]] for n in range(1, most + 1)]
-    features = module.in_features
+class _FastForward:
+    """A layer's new forward: picks by the number of rows in the input."""
 
-    def forward(x: Tensor) -> Tensor:
+    def __init__(self, module: nn.Linear, way_by_rows: dict[int, str]) -> None:
+        functions = {way: _FUNCTIONS[way](module) for way in set(way_by_rows.values())}
+        most = MEASURED_ROWS[-1]
+        self._module = module
+        self._most = most
+        self._features = module.in_features
+        self._by_rows = [functions[way_by_rows[next(r for r in MEASURED_ROWS if r >= n)]] for n in range(1, most + 1)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self._module
         weight = module.weight
         # training, autocast and a model that was moved or cast meanwhile are torch's own business
         if (
@@ -108,10 +115,12 @@ def _dispatch(module: nn.Linear, way_by_rows: dict[int, str]) -> LinearFunction:
             or not x.device == weight.device == _CPU
         ):
             return F.linear(x, weight, module.bias)
-        rows = x.numel() // features
-        return table[min(max(rows, 1), most) - 1](x)
+        rows = x.numel() // self._features
+        return self._by_rows[min(max(rows, 1), self._most) - 1](x)
 
-    return forward
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied layer computes with its own weights, so it gets torch's forward and not this one."""
+        return MethodType(nn.Linear.forward, memo[id(self._module)])
 
 
 def _linear(module: nn.Linear) -> LinearFunction:

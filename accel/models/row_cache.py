@@ -58,7 +58,6 @@ class Row:
         return sum(s.num_positions for s in self.segments)
 
 
-
 @dataclass
 class Step:
     """One forward pass under way: the rows it advances, each by n tentative tokens from ``starts[r]`` of its tail."""
@@ -157,18 +156,19 @@ class RowCache(Cache):
         if not self.rows:
             self._keys, self._values, self._free_slots, self._num_slots = [], [], [], 0
 
-    def freeze(self, name: int) -> Segment:
-        """Turn a row's tail into an immutable segment (a copy) and put it at the end of the row's own chain."""
+    def freeze(self, name: int) -> None:
+        """Turn a row's tail into an immutable segment (a copy) at the end of the row's own chain."""
         row = self.rows[name]
         assert row.num_tentative == 0, "only what is committed can be shared"
         end = row.tail_length
+        if end == 0:
+            return
         segment = Segment(
             tuple(k[row.slot, :, :end].clone() for k in self._keys),
             tuple(v[row.slot, :, :end].clone() for v in self._values),
             num_positions=end,
         )
         row.segments, row.tail_length = (*row.segments, segment), 0
-        return segment
 
     def begin(self, names: Sequence[int], n: int) -> Step:
         """Announce a forward pass that adds n tentative tokens to each of the rows, and make room for them."""
@@ -212,9 +212,7 @@ class RowCache(Cache):
         self._write(self._values[layer_idx], value_states, step)
         if not self.views:
             return self.gather(layer_idx, step)
-        view = LayerView(
-            _read(self._keys[layer_idx], step), _read(self._values[layer_idx], step), step, layer_idx
-        )
+        view = LayerView(_read(self._keys[layer_idx], step), _read(self._values[layer_idx], step), step, layer_idx)
         return view, view
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -94,9 +94,7 @@ def prefix_attention(
     rows, heads, n, _ = query.shape
     groups = heads // keys.shape[1]
     if plan.causal:
-        return F.scaled_dot_product_attention(
-            query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1
-        )
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1)
     # Folding a group's heads into the query axis lets them share their key head without repeating it:
     # the copy that repeating makes would grow with the context at every step.
     folded = query.reshape(rows, keys.shape[1], groups * n, query.shape[-1])

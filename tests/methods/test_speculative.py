@@ -213,12 +213,15 @@ def test_drafts_end_where_the_request_does() -> None:
 
 
 def test_drafts_end_where_the_context_does() -> None:
-    setup = Setup(right_for(4, 4), max_positions=10)
-    tokens = setup.run(request(0, new=8))  # 3 + 8: the last token is never read
-    assert tokens[0] == greedy([1, 2, 3], 8)
-    assert [ask.max_tokens for ask in setup.drafter.asks] == [4, 1]
-    assert max(len(f[10]) for f in setup.target.forwards[1:]) == 5
-    assert setup.target.num_positions(10) <= 10
+    setup = Setup(right_for(4, 4), max_positions=11)
+    setup.decoder.admit([request(0, new=50)])
+    tokens: list[int] = []
+    while setup.target.num_positions(10) < 11:
+        tokens += setup.decoder.step()[0].tokens
+    assert tokens == greedy([1, 2, 3], 9)  # 3 + 9: the last token has not been read
+    # 3 are read, 1 is pending, room for 4; then 8 are read and there is room for 2
+    assert [ask.max_tokens for ask in setup.drafter.asks] == [4, 2]
+    assert [len(f[10]) for f in setup.target.forwards] == [3, 5, 3]
 
 
 def test_rows_with_different_drafts_share_a_forward() -> None:

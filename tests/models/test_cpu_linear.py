@@ -6,6 +6,7 @@ moves a result by about 1e-7 of its size.
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import psutil
@@ -258,7 +259,7 @@ def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> Non
             cpu_linear._FUNCTIONS, way, lambda m, way=way: lambda x: taken.append(way) or x.new_zeros(x.shape[0], OUT)
         )
     ways = dict(zip(MEASURED_ROWS, ["linear", "packed", "transposed", "linear", "packed"], strict=True))
-    forward = cpu_linear._dispatch(model()[0], ways)
+    forward = cpu_linear._FastForward(model()[0], ways)
     with torch.no_grad():
         for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 300):
             forward(torch.zeros(rows, IN))
@@ -330,3 +331,16 @@ def test_a_torch_that_cannot_pack_says_so_and_auto_does_without(monkeypatch, tim
     with pytest.raises(OptionError, match="needs a torch built with oneDNN: use 'transposed' or 'auto'"):
         install(model(), "packed")
     assert "packed" not in install(model(), "auto").way_by_rows.values()
+
+
+def test_a_copied_model_computes_with_its_own_weights() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    installed = cpu_linear.install(model, "transposed")
+    twin = copy.deepcopy(model)
+    x = torch.ones(3, 8)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+        assert twin(x).abs().max() == 0
+        assert model(x).abs().max() > 0
+    installed.remove()

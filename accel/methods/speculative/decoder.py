@@ -6,7 +6,7 @@ Lossless unless lenience is asked for (README.md beside this file). Rows draft, 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +74,13 @@ class SpeculativeDecoder(RowDecoder):
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
 
+    def admit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._check(request)
+        super().admit(requests)
+
     def on_admitted(self, rows: Sequence[LiveRow]) -> None:
         for live in rows:
-            self._check(live.request)
             self.drafter.open(live.request.id, live.request.prompt.tolist(), live.request.seed)
             self.length.open(live.request.id)
 
@@ -119,7 +123,7 @@ class SpeculativeDecoder(RowDecoder):
         for live in rows:
             draft = drafts.get(live.request.id, Draft())
             keep = self.length.trim(live.request.id, draft.confidence, len(rows), self.drafter.free)
-            guesses.append(_Guess(draft, keep if draft.tokens else 0))
+            guesses.append(_Guess(draft, _before_stop(draft.tokens[:keep], live.request.stop_tokens)))
         return guesses
 
     def _ask(self, live: LiveRow, most: int, num_rows: int) -> Ask:
@@ -142,8 +146,9 @@ class SpeculativeDecoder(RowDecoder):
         verdicts: dict[int, _Verdict] = {}
         together: dict[tuple[bool, bool], list[int]] = {}
         for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
-            if live.sampler.pipeline.rowwise:
-                has_q = guess.probs is not None and guess.length > 0
+            has_q = guess.probs is not None and guess.length > 0
+            drawn = live.request.do_sample and not has_q and self.options.lenience is None
+            if live.sampler.pipeline.rowwise and not drawn:
                 together.setdefault((live.request.do_sample, has_q), []).append(index)
             else:
                 verdicts[index] = self._verify_in_order(live, guess, logits[index])
@@ -190,23 +195,26 @@ class SpeculativeDecoder(RowDecoder):
         return "token" if self.options.acceptance == "token" else "block"
 
     def _verify_in_order(self, live: LiveRow, guess: _Guess, logits: Tensor) -> _Verdict:
-        """Token by token, so that processors that keep state see kept tokens only, once each."""
+        """Token by token up to the first one that is not kept; nothing behind it is looked at."""
         scores: list[Tensor] = []
         for position, token in enumerate([*guess.tokens, None]):
             scores.append(live.sampler.scores(logits[position], guess.tokens[:position]))
-            if not live.request.do_sample:
-                choice = int(scores[-1].argmax())
-                if choice == token:
-                    continue
+            choice = self._decide(live, guess, position, token, scores[-1])
+            if choice != token:
                 return _Verdict(position, choice, torch.stack(scores))
-            p = scores[-1].softmax(-1)
-            if token is None:
-                return _Verdict(position, draw(p, float(live.sampler.uniforms(1))), torch.stack(scores))
-            q = None if guess.probs is None else guess.probs[position].to(p.device)
-            if not accept(p, q, token, float(live.sampler.uniforms(1)), self.options.lenience):
-                weights = residual(p, q, token, self.options.lenience)
-                return _Verdict(position, draw(weights, float(live.sampler.uniforms(1))), torch.stack(scores))
         raise AssertionError("the bonus position always decides")
+
+    def _decide(self, live: LiveRow, guess: _Guess, position: int, token: int | None, scores: Tensor) -> int:
+        """The token at one position: the drafted one where it is kept."""
+        if token is None or (guess.probs is None and self.options.lenience is None):
+            # A certain guess is kept exactly when it is what the row draws anyway. That happens with probability
+            # p(token), as the accept-or-resample rule asks, and leaves the row's tokens independent of its drafts.
+            return live.sampler.choose(scores)
+        p = scores.softmax(-1)
+        q = None if guess.probs is None else guess.probs[position].to(p.device)
+        if accept(p, q, token, float(live.sampler.uniforms(1)), self.options.lenience):
+            return token
+        return draw(residual(p, q, token, self.options.lenience), float(live.sampler.uniforms(1)))
 
     def _settle(self, live: LiveRow, guess: _Guess, verdict: _Verdict, logits: Tensor) -> Emission:
         """Make a verdict final: learn from it, count it, emit its tokens."""
@@ -237,6 +245,11 @@ class SpeculativeDecoder(RowDecoder):
         custom = pipeline is not None and not pipeline.rowwise
         if self.options.lenience is not None and not request.do_sample and custom:
             raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
+
+
+def _before_stop(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
+    """How many tokens stand before the first that would end the row: nothing behind an end is to be looked at."""
+    return next((index for index, token in enumerate(tokens) if token in stop_tokens), len(tokens))
 
 
 def _scores(live: LiveRow, guess: _Guess, logits: Tensor) -> Tensor:

@@ -65,7 +65,9 @@ class SpeculativeOptions:
         if isinstance(epsilon, bool) or not isinstance(epsilon, int | float) or not 0 < epsilon <= 1:
             raise OptionError(f"lenience ε={epsilon!r}: must be a number in (0, 1]; 1 is lossless")
         if self.acceptance == "block":
-            raise OptionError("lenience with acceptance='block': lenience is defined token by token; use 'token' or 'auto'")
+            raise OptionError(
+                "lenience with acceptance='block': lenience is defined token by token; use 'token' or 'auto'"
+            )
         object.__setattr__(self, "lenience", (rule, float(epsilon)))
 
     @property
