@@ -386,3 +386,12 @@ def test_every_dtype(tiny, dtype, way):
     # logits of some 10 in size, kept with 8 (bf16) or 11 (fp16) bits, behind a few dozen roundings
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.15, torch.float16: 0.02}[dtype]
     tiny.assert_similar(out.sequences, theirs, out.scores, tolerance=tolerance)
+
+
+def test_rotary_positions_go_on_past_the_context(tiny) -> None:
+    """transformers lets a rotary model write past its trained context; so do we, with the same positions."""
+    model = tiny.build("llama", max_position_embeddings=24)
+    ids = torch.randint(3, 50, (1, 16), generator=torch.Generator().manual_seed(5))
+    settings = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **settings)
+    assert torch.equal(accel.generate(model, ids, draft_length=4, **settings), expected)

@@ -162,7 +162,7 @@ def _check_context(target: SoftmaxTarget, prompts: Sequence[Tensor], max_new: in
     if longest > limit:
         raise OptionError(f"the prompt has {longest} tokens, {name} has {limit} positions: shorten the prompt")
     # the last token is never read, so one more than the positions can be generated
-    if longest + max_new > limit + 1 and not hasattr(target.config, "rope_parameters"):
+    if longest + max_new > limit + 1 and target.has_position_table:
         raise OptionError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new} exceed the {limit} positions of {name}: "
             f"set max_new_tokens to at most {limit + 1 - longest}"

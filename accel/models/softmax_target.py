@@ -38,6 +38,8 @@ class SoftmaxTarget:
         # alibi has no table or rotation to run out of
         has_limit = not getattr(config, "alibi", False)
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None) if has_limit else None
+        # a table of learned positions ends; rotations go on, if with less and less sense
+        self.has_position_table = self.max_positions is not None and not hasattr(config, "rope_parameters")
 
     def open(self, segments: Iterable[Segment] = ()) -> int:
         """A new, empty row on a chain of shared segments; returns the row's name."""
@@ -89,8 +91,8 @@ class SoftmaxTarget:
     def _positions(self, step: Step) -> Tensor:
         first = torch.tensor(step.first_positions, device=self.device)
         positions = first[:, None] + torch.arange(step.n, device=self.device)
-        if self.max_positions is not None:
-            # a row's unused look-ahead may run past a learned table; those logits are never read
+        if self.max_positions is not None and self.has_position_table:
+            # a row's unused look-ahead may run past the table; those logits are never read
             positions.clamp_(max=self.max_positions - 1)
         return positions
 

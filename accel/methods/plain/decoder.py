@@ -67,7 +67,8 @@ class RowDecoder:
                 for request, name in zip(group, [row, *copies], strict=True):
                     admitted.append(LiveRow(request, name, RowSampler(request)))
                     first_logits.append(logits)
-        order = sorted(range(len(admitted)), key=lambda i: [r.id for r in requests].index(admitted[i].request.id))
+        place = {request.id: index for index, request in enumerate(requests)}
+        order = sorted(range(len(admitted)), key=lambda i: place[admitted[i].request.id])
         admitted = [admitted[i] for i in order]
         logits = torch.stack([first_logits[i] for i in order])
         self.live.update({live.request.id: live for live in admitted})

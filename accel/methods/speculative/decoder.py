@@ -136,7 +136,7 @@ class SpeculativeDecoder(RowDecoder):
         )
 
     def _room(self, live: LiveRow) -> int:
-        """Positions left in the model's context behind the pending token."""
+        """Positions left in the model's context behind the pending token; past it a row is decoded plainly."""
         if self.target.max_positions is None:
             return live.num_left
         return self.target.max_positions - self.target.num_positions(live.row) - 1
