@@ -180,3 +180,54 @@ def test_subclasses_of_transformers_criteria(tiny, way, batch):
     inputs = tiny.prompts(batch) | {"max_new_tokens": NEW}
     theirs = tiny.reference(model, **tiny.prompts(batch), max_new_tokens=5)
     tiny.assert_similar(decode(tiny, way, **inputs, stopping_criteria=[EveryOtherLength(5)]), theirs)
+
+
+@pytest.mark.parametrize("options", [{"draft_length": 1}, {"draft_length": 6}, {}])
+@pytest.mark.parametrize("drafter", ["suffix", "ngram"])
+def test_free_drafters_leave_sampled_tokens_as_they_are(tiny, drafter, options):
+    """A certain guess is kept where it is what the row draws anyway: one seed, one output, whoever drafts."""
+    model = tiny.build("llama", peak=2.0)
+    settings = tiny.prompts(4) | {"max_new_tokens": 48, "do_sample": True, "top_k": 8, "seed": 3}
+    plain = accel.generate(model, method="plain", **settings)
+    assert torch.equal(accel.generate(model, drafter=drafter, **options, **settings), plain)
+    if options:
+        assert accel.stats(model).accepted_tokens > 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_processed_behind_the_end(tiny, way):
+    """Once per kept token: a draft that runs past the end of the sequence is cut before it."""
+    calls = []
+
+    class Count(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls.append(input_ids.shape[1])
+            return scores
+
+    model, draft = tiny.pair("llama", "right")
+    prompt = tiny.prompts(1)
+    end = tiny.reference(model, **prompt, max_new_tokens=NEW).sequences[0, 9 + 4].item()
+    with_draft, options = WAYS[way]
+    out = accel.generate(
+        model,
+        artifacts=[draft] if with_draft else [],
+        **options,
+        **prompt,
+        max_new_tokens=NEW,
+        eos_token_id=end,
+        logits_processor=[Count()],
+    )
+    assert calls == list(range(9, out.shape[1]))
+
+
+def test_an_attached_model_is_one_call_at_a_time(tiny):
+    model = accel.attach(tiny.build("llama"))
+
+    class Again(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            model.generate(**tiny.prompts(1), max_new_tokens=2)
+            return scores
+
+    with pytest.raises(accel.AccelError, match="busy"):
+        model.generate(**tiny.prompts(1), max_new_tokens=2, logits_processor=[Again()])
+    assert model.generate(**tiny.prompts(1), max_new_tokens=2).shape == (1, 11)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from accel.cli.common import Progress
+from accel.cli.common import DEFAULT_MODEL, Progress
 
 if TYPE_CHECKING:
     from accel.bench.workloads import Prompt
 
-DEFAULT_MODEL = "smollm2-135m-instruct"
 FILE = click.Path(dir_okay=False, path_type=Path)
 
 

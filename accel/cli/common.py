@@ -18,6 +18,9 @@ from accel.errors import OptionError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# the table's default (accel.models.aliases), repeated because reading it there would import torch
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
 

@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accel.cli.common import Progress, artifact_option, emit, json_option, model_option, options_option, output_option
+from accel.cli.common import (
+    DEFAULT_MODEL,
+    Progress,
+    artifact_option,
+    emit,
+    json_option,
+    model_option,
+    options_option,
+    output_option,
+)
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
     from accel import Model, Stats
-
-DEFAULT_MODEL = "smollm2-135m-instruct"
 
 
 @click.command(short_help="Generate text with a model and its artifacts.")

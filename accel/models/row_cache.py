@@ -146,7 +146,11 @@ class RowCache(Cache):
             self._num_slots += 1
         self._free_slots.sort(reverse=True)
         name, self._next_row = self._next_row, self._next_row + 1
-        self.rows[name] = Row(self._free_slots.pop(), tuple(segments))
+        slot = self._free_slots.pop()
+        for store in (*self._keys, *self._values):
+            # what an earlier row left behind is masked by a zero weight, and 0 · inf is NaN
+            store[slot : slot + 1] = 0
+        self.rows[name] = Row(slot, tuple(segments))
         return name
 
     def close(self, rows: Iterable[int]) -> None:

@@ -171,3 +171,10 @@ def test_progress_is_for_terminals_only() -> None:
         with Progress(stream) as progress:
             progress("half")
         assert stream.getvalue() == expected
+
+
+def test_the_command_line_and_the_table_agree_on_the_default_model():
+    from accel.cli.common import DEFAULT_MODEL
+    from accel.models import aliases
+
+    assert DEFAULT_MODEL == aliases.DEFAULT_MODEL
