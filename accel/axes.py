@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from accel.types import Emission, Request, Stats
+from accel.types import Chunk, Emission, Request, Stats
 
 
 @runtime_checkable
@@ -69,4 +69,5 @@ class Decoder(Protocol):
 class Router(Protocol):
     """Decides who answers a request and hands out the answer in pieces."""
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[Emission]: ...
+    def answer(self, requests: Sequence[Request]) -> Iterator[Chunk]:
+        """Chunks of all requests as their tokens become final; each request's last one is ``finished``."""

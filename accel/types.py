@@ -1,4 +1,4 @@
-"""The plain data that crosses axes: requests, emissions and stats. Knows nothing of models or methods."""
+"""The plain data that crosses axes: requests, emissions, chunks and stats. Knows nothing of models or methods."""
 
 from __future__ import annotations
 
@@ -41,6 +41,21 @@ class Emission:
 
     request_id: int
     tokens: list[int]
+    logits: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one request that count, in order, and whether they are its last.
+
+    ``late`` marks what a row still produced after its end, which happens only to rows that are kept in step.
+    """
+
+    request_id: int
+    tokens: list[int]
+    finished: bool
+    late: bool = False
     logits: Tensor | None = None
     scores: Tensor | None = None
 

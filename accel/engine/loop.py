@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
-
-from torch import Tensor
 
 from accel.axes import Decoder
 from accel.engine.stopping import Stopper, TogetherStopper
-from accel.types import Emission, Request
+from accel.types import Chunk, Emission, Request
 
 
 @runtime_checkable
@@ -22,23 +19,8 @@ class Holding(Protocol):
         """From now on these rows emit ``token``, whatever the target says."""
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens of one request that count, in order, and whether they are its last.
-
-    ``late`` marks what a row still produced after its end, which happens only to rows that are kept in step.
-    """
-
-    request_id: int
-    tokens: list[int]
-    finished: bool
-    late: bool = False
-    logits: Tensor | None = None
-    scores: Tensor | None = None
-
-
 class Engine:
-    """Runs requests through a decoder, at most ``max_rows`` at a time.
+    """Runs requests through a decoder, at most ``max_rows`` at a time: the direct router (``accel.axes.Router``).
 
     ``in_step`` keeps finished rows in the batch until all are done, one token each a step: for logits processors
     and criteria that look at the batch as a whole. With ``pad`` these rows then read and show nothing but padding.
@@ -62,7 +44,7 @@ class Engine:
         self._running: set[int] = set()
         self._finished: set[int] = set()
 
-    def run(self, requests: Sequence[Request]) -> Generator[Chunk, None, None]:
+    def answer(self, requests: Sequence[Request]) -> Generator[Chunk, None, None]:
         """Chunks of all requests, as their tokens become final. Rows are freed however the iteration ends."""
         self._waiting.extend(requests)
         try:

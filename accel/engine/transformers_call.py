@@ -19,12 +19,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from accel.axes import Decoder
-from accel.engine.loop import Chunk, Engine
+from accel.engine.loop import Engine
 from accel.engine.stopping import CriteriaStopper, Stopper, TogetherStopper
 from accel.errors import OptionError
 from accel.models.softmax_target import SoftmaxTarget
 from accel.sampling import LogitsPipeline
-from accel.types import Request, Stats
+from accel.types import Chunk, Request, Stats
 
 # what transformers prepares for every decoder-only model; any other model input is beyond the row target
 _KNOWN_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
@@ -76,7 +76,7 @@ class PreparedCall:
         pad = columns.pad if self._has_eos() else None
         engine = Engine(decoder, self._stopper(max_new, together), in_step=together, pad=pad)
         # closed at once when a streamer raises: the drafter outlives the call and must not keep its rows
-        with torch.no_grad(), closing(engine.run(requests)) as chunks:
+        with torch.no_grad(), closing(engine.answer(requests)) as chunks:
             for chunk in chunks:
                 if chunk.finished:  # contexts only grow until a row ends: the peak is at one of the ends
                     stats.state_bytes = max(stats.state_bytes, target.state_bytes())

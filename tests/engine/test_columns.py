@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.engine.loop import Chunk
 from accel.engine.transformers_call import Columns, row_seed
-from accel.types import Stats
+from accel.types import Chunk, Stats
 
 PAD, VOCAB = 77, 3
 

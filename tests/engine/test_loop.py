@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from accel.engine.loop import Chunk, Engine
+from accel.axes import Router
+from accel.engine.loop import Engine
 from accel.engine.stopping import CriteriaStopper, TogetherStopper
-from accel.types import Emission, Request, Stats
+from accel.types import Chunk, Emission, Request, Stats
 
 # a script: for each request, the tokens of each of its steps
 Script = dict[int, list[list[int]]]
@@ -80,7 +81,7 @@ def tokens_of(chunks: Sequence[Chunk]) -> dict[int, list[int]]:
 
 def test_chunks_come_as_tokens_become_final() -> None:
     decoder = ScriptedDecoder({0: [[1], [2, 3], [0]], 1: [[4, 0]]})
-    chunks = list(Engine(decoder, StopAt(0)).run(requests(2)))
+    chunks = list(Engine(decoder, StopAt(0)).answer(requests(2)))
     assert [(c.request_id, c.tokens, c.finished) for c in chunks] == [
         (0, [1], False),
         (1, [4, 0], True),
@@ -95,7 +96,7 @@ def test_no_more_rows_than_allowed_and_the_next_comes_when_one_goes() -> None:
     decoder = ScriptedDecoder(script)
     engine = Engine(decoder, StopAt(0), max_rows=2)
     most, chunks = 0, []
-    for chunk in engine.run(requests(5)):
+    for chunk in engine.answer(requests(5)):
         most = max(most, len(decoder.live))
         chunks.append(chunk)
     assert most == 2
@@ -107,13 +108,13 @@ def test_no_more_rows_than_allowed_and_the_next_comes_when_one_goes() -> None:
 
 def test_without_a_limit_all_are_admitted_at_once() -> None:
     decoder = ScriptedDecoder({i: [[0]] for i in range(9)})
-    assert len(list(Engine(decoder, StopAt(0)).run(requests(9)))) == 9
+    assert len(list(Engine(decoder, StopAt(0)).answer(requests(9)))) == 9
     assert decoder.log[0] == ("admit", list(range(9)))
 
 
 def test_an_emission_is_clipped_in_its_middle_with_its_scores() -> None:
     decoder = ScriptedDecoder({0: [[7, 0, 8, 9]]})
-    (chunk,) = Engine(decoder, StopAt(0)).run(requests(1))
+    (chunk,) = Engine(decoder, StopAt(0)).answer(requests(1))
     assert (chunk.tokens, chunk.finished, chunk.late) == ([7, 0], True, False)
     assert chunk.logits is not None and chunk.logits.flatten().tolist() == [7, 0]
     assert chunk.scores is not None and chunk.scores.flatten().tolist() == [-7, 0]
@@ -123,18 +124,18 @@ def test_an_emission_is_clipped_in_its_middle_with_its_scores() -> None:
 
 def test_nothing_is_discarded_where_a_row_goes_on_or_ends_at_its_last_token() -> None:
     decoder = ScriptedDecoder({0: [[7, 8], [9, 0]]})
-    list(Engine(decoder, StopAt(0)).run(requests(1)))
+    list(Engine(decoder, StopAt(0)).answer(requests(1)))
     assert decoder.stats.accepted_tokens == 100
 
 
 def test_a_step_without_tokens_is_fine() -> None:
     decoder = ScriptedDecoder({0: [[], [], [3, 0]], 1: [[0]]})
-    assert tokens_of(list(Engine(decoder, StopAt(0)).run(requests(2)))) == {0: [3, 0], 1: [0]}
+    assert tokens_of(list(Engine(decoder, StopAt(0)).answer(requests(2)))) == {0: [3, 0], 1: [0]}
 
 
 def test_rows_in_step_stay_until_all_are_done() -> None:
     decoder = ScriptedDecoder({0: [[1], [0]], 1: [[0]], 2: [[1], [2], [0]]})
-    chunks = list(Engine(decoder, StopAt(0), in_step=True).run(requests(3)))
+    chunks = list(Engine(decoder, StopAt(0), in_step=True).answer(requests(3)))
     assert tokens_of([c for c in chunks if not c.late]) == {0: [1, 0], 1: [0], 2: [1, 2, 0]}
     assert [(c.request_id, c.tokens, c.finished) for c in chunks if c.late] == [
         (1, [99], True),
@@ -153,7 +154,7 @@ def test_rows_in_step_with_criteria_that_look_at_the_batch() -> None:
 
     stopper = TogetherStopper([all_rows], torch.tensor([[1], [1]]), max_new_tokens=3)
     decoder = ScriptedDecoder({0: [[0], [5], [6]], 1: [[7], [8], [9]]})
-    chunks = list(Engine(decoder, stopper, in_step=True).run(requests(2)))
+    chunks = list(Engine(decoder, stopper, in_step=True).answer(requests(2)))
     assert seen == [[[1, 0], [1, 7]], [[1, 0, 5], [1, 7, 8]], [[1, 0, 5, 6], [1, 7, 8, 9]]]
     assert [(c.request_id, c.finished, c.late) for c in chunks] == [
         (0, True, False),
@@ -167,7 +168,7 @@ def test_rows_in_step_with_criteria_that_look_at_the_batch() -> None:
 
 def test_rows_are_freed_when_the_reader_stops() -> None:
     decoder = ScriptedDecoder({0: [[1]], 1: [[0]], 2: [[1]], 3: [[1]]})
-    chunks = Engine(decoder, StopAt(0), max_rows=3).run(requests(4))
+    chunks = Engine(decoder, StopAt(0), max_rows=3).answer(requests(4))
     for _ in range(4):
         next(chunks)
     chunks.close()
@@ -180,7 +181,7 @@ def test_rows_are_freed_when_the_decoder_fails(broken: dict) -> None:
     decoder = ScriptedDecoder({0: [[1], [1]], 1: [[1], [1]], 2: []}, **broken)
     engine = Engine(decoder, StopAt(0), max_rows=2)
     with pytest.raises((RuntimeError, MemoryError)):
-        list(engine.run(requests(3)))
+        list(engine.answer(requests(3)))
     assert decoder.live == []
     assert decoder.evicted() == [0, 1]
 
@@ -188,20 +189,24 @@ def test_rows_are_freed_when_the_decoder_fails(broken: dict) -> None:
 def test_an_engine_runs_again_after_it_was_left() -> None:
     decoder = ScriptedDecoder({0: [[1], [1]], 1: [[1], [1]]})
     engine = Engine(decoder, StopAt(0), max_rows=1)
-    next(first := engine.run(requests(2)))
+    next(first := engine.answer(requests(2)))
     first.close()
     decoder.script = {0: [[4, 0]]}
-    assert tokens_of(list(engine.run(requests(1)))) == {0: [4, 0]}
+    assert tokens_of(list(engine.answer(requests(1)))) == {0: [4, 0]}
 
 
 def test_no_requests_no_chunks() -> None:
     decoder = ScriptedDecoder({})
-    assert list(Engine(decoder, StopAt(0)).run([])) == []
+    assert list(Engine(decoder, StopAt(0)).answer([])) == []
     assert decoder.steps == 0
 
 
 def test_length_ends_a_row_in_the_middle_of_an_emission() -> None:
     decoder = ScriptedDecoder({0: [[1, 2], [3, 4, 5]]})
     stopper = CriteriaStopper([], torch.tensor([[1]]), max_new_tokens=3)
-    assert tokens_of(list(Engine(decoder, stopper).run(requests(1)))) == {0: [1, 2, 3]}
+    assert tokens_of(list(Engine(decoder, stopper).answer(requests(1)))) == {0: [1, 2, 3]}
     assert decoder.stats.accepted_tokens == 98
+
+
+def test_the_engine_is_the_direct_router() -> None:
+    assert isinstance(Engine(ScriptedDecoder({}), StopAt(0)), Router)
