@@ -25,6 +25,11 @@ ROW_FORGET = 0.95
 ASSUMED_COST_PER_POSITION = 0.03
 # recent timings kept per number of positions
 WINDOW = 15
+# timings of a number of positions until they are believed alone; before, the assumption votes with them, because one
+# slow moment of the machine would otherwise end drafting for good
+TRUSTED = 4
+# steps after which a timing is forgotten: the machine, or its other work, may have changed meanwhile
+MEMORY = 128
 # a gain that is predicted below this is not worth the risk of the prediction
 LEAST_GAIN = 1.03
 # a losing drafter sits out at least this many rounds: doubled after each try that fails
@@ -76,7 +81,8 @@ class Costs:
     """Measured seconds of verifying n positions and of drafting one token; medians of recent timings."""
 
     def __init__(self) -> None:
-        self._verify: dict[int, deque[float]] = {}
+        # number of positions → (step, seconds)
+        self._verify: dict[int, deque[tuple[int, float]]] = {}
         self._draft: deque[float] = deque(maxlen=WINDOW)
         self._catching_up = False
         self._last_seen: dict[int, int] = {}
@@ -94,8 +100,8 @@ class Costs:
         self._catching_up = True
 
     def observe_verify(self, positions: int, seconds: float) -> None:
-        self._verify.setdefault(positions, deque(maxlen=WINDOW)).append(seconds)
         self._num_steps += 1
+        self._verify.setdefault(positions, deque(maxlen=WINDOW)).append((self._num_steps, seconds))
         self._last_seen[positions] = self._num_steps
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
@@ -112,18 +118,29 @@ class Costs:
     def verify(self, positions: int) -> float:
         """Seconds of one target step over n positions: measured, interpolated, or assumed to grow slowly."""
         if not self._verify:
-            return 1.0 + ASSUMED_COST_PER_POSITION * (positions - 1)
-        known = sorted(self._verify)
+            return _assumed(1.0, 1, positions)
+        known = self._believed()
         below = max((n for n in known if n <= positions), default=None)
         above = min((n for n in known if n >= positions), default=None)
-        if below is None:
-            return self._measured(known[0]) / (1 + ASSUMED_COST_PER_POSITION * (known[0] - positions))
-        if above is None:
-            return self._measured(below) * (1 + ASSUMED_COST_PER_POSITION * (positions - below))
+        if below is None or above is None:
+            nearest = min(known) if below is None else below
+            return _assumed(known[nearest], nearest, positions)
         if below == above:
-            return self._measured(below)
+            return known[below]
         share = (positions - below) / (above - below)
-        return (1 - share) * self._measured(below) + share * self._measured(above)
+        return (1 - share) * known[below] + share * known[above]
+
+    def _believed(self) -> dict[int, float]:
+        """Seconds by number of positions. The fewest positions are the base that the assumption starts from."""
+        fewest = min(self._verify)
+        base = median(seconds for _, seconds in self._verify[fewest])
+        believed = {fewest: base}
+        for n, timings in self._verify.items():
+            recent = [seconds for step, seconds in timings if self._num_steps - step < MEMORY]
+            if n != fewest and recent:
+                votes = [_assumed(base, fewest, n)] * (TRUSTED - len(recent))
+                believed[n] = median([*recent, *votes])
+        return believed
 
     def is_stale(self, positions: int) -> bool:
         """Whether a step over so many positions was never timed, or long ago."""
@@ -133,9 +150,6 @@ class Costs:
     def ratio(self, rows: int) -> float | None:
         """c: drafting one token over one plain target step."""
         return self.draft() / self.verify(rows) if self._draft and self._verify else None
-
-    def _measured(self, positions: int) -> float:
-        return median(self._verify[positions])
 
 
 class FixedLength:
@@ -262,3 +276,8 @@ class AdaptiveLength:
 
 def _bin(confidence: float) -> int:
     return min(int(confidence * NUM_BINS), NUM_BINS - 1)
+
+
+def _assumed(seconds: float, positions: int, wanted: int) -> float:
+    """What ``wanted`` positions cost if ``positions`` take ``seconds`` and each one more adds its assumed share."""
+    return seconds * (1 + ASSUMED_COST_PER_POSITION * (wanted - 1)) / (1 + ASSUMED_COST_PER_POSITION * (positions - 1))
