@@ -16,7 +16,9 @@ from accel.methods.speculative.draft_length import (
     FIRST_PROBE,
     LAST_PROBE,
     LEAST_GAIN,
+    MEMORY,
     STALE,
+    TRUSTED,
     WINDOW,
     Acceptance,
     AdaptiveLength,
@@ -90,10 +92,11 @@ def test_costs_before_anything_was_measured() -> None:
 def test_costs_between_below_and_above_what_was_measured() -> None:
     costs = Costs()
     costs.observe_verify(4, 2.0)
-    costs.observe_verify(8, 3.0)
+    for _ in range(TRUSTED):
+        costs.observe_verify(8, 3.0)
     per_position = ASSUMED_COST_PER_POSITION
     assert [costs.verify(n) for n in (4, 5, 6, 8)] == pytest.approx([2.0, 2.25, 2.5, 3.0])
-    assert costs.verify(10) == pytest.approx(3.0 * (1 + 2 * per_position))
+    assert costs.verify(10) == pytest.approx(3.0 * (1 + 9 * per_position) / (1 + 7 * per_position))
     assert costs.verify(1) == pytest.approx(2.0 / (1 + 3 * per_position))
 
 
@@ -108,6 +111,19 @@ def test_medians_resist_an_outlier_and_follow_a_change() -> None:
     for _ in range(WINDOW):
         costs.observe_verify(1, 4.0)
     assert costs.verify(1) == 4.0
+
+
+def test_one_slow_moment_is_not_believed_and_a_slow_time_is_forgotten() -> None:
+    costs = Costs()
+    costs.observe_verify(1, 1.0)
+    costs.observe_verify(5, 40.0)
+    assert costs.verify(5) == pytest.approx(1 + 4 * ASSUMED_COST_PER_POSITION)
+    for _ in range(TRUSTED):
+        costs.observe_verify(5, 40.0)
+    assert costs.verify(5) == 40.0
+    for _ in range(MEMORY):
+        costs.observe_verify(1, 1.0)
+    assert costs.verify(5) == pytest.approx(1 + 4 * ASSUMED_COST_PER_POSITION)
 
 
 def test_a_draft_that_catches_up_is_not_a_timing_of_drafting() -> None:
@@ -138,8 +154,9 @@ def test_a_timing_grows_stale() -> None:
 def known_costs(slope: float = 0.05, draft: float = 0.0, longest: int = 40) -> Costs:
     """V(n) = 1 + slope · (n - 1) measured at every n, and the seconds of drafting a token."""
     costs = Costs()
-    for n in range(1, longest + 1):
-        costs.observe_verify(n, 1 + slope * (n - 1))
+    for _ in range(TRUSTED - 1):  # one vote for the assumption is left, and outvoted
+        for n in range(1, longest + 1):
+            costs.observe_verify(n, 1 + slope * (n - 1))
     costs.observe_draft(1, draft)
     return costs
 
