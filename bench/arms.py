@@ -65,6 +65,7 @@ def find_draft(source: str, target: Any, **load_options: Any) -> Draft:
     """Load ``source`` once, so that both runtimes draft with the same object where both can."""
     try:
         assistant = accel.load(source, **load_options).model
+        accel.detach(assistant)  # transformers calls the assistant's own generate()
     except (AccelError, OSError, ValueError) as error:
         return Draft(source, reason=f"{source} is not a transformers model ({error})")
     theirs, ours = assistant.config.vocab_size, target.config.vocab_size

@@ -193,3 +193,11 @@ def test_a_stream_that_is_not_read_to_its_end_frees_the_model(tiny):
     # the thread that decoded is gone, and with it its row in the drafter
     assert loaded.generate("45678", max_new_tokens=200) == whole
     assert whole.startswith(first)
+
+
+def test_an_attached_model_may_assist_transformers(tiny):
+    """transformers calls the assistant's generate() with arguments of its own, which are left to it."""
+    model, _ = tiny.pair("llama")
+    assistant = accel.attach(tiny.build("llama"))
+    prompt = tiny.prompts(1) | {"max_new_tokens": 12}
+    tiny.assert_similar(model.generate(**prompt, assistant_model=assistant), tiny.reference(model, **prompt))

@@ -138,6 +138,8 @@ class Attached:
             value = kwargs.get(name)
             if isinstance(value, Tensor) or value:
                 return f"{name} is given"
+        if settings["is_assistant"]:
+            return "the model assists another one"
         if settings["token_healing"]:
             return "token_healing is given"
         if kwargs.get("past_key_values") is not None:

@@ -59,7 +59,7 @@ class PreparedCall:
         if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
             return "the attention mask has gaps or right padding"
         positions = self.inputs.get("position_ids")
-        if positions is not None and not torch.equal(positions.expand_as(self.input_ids), self._usual_positions()):
+        if positions is not None and not self._are_usual(positions):
             return "custom position_ids"
         return None
 
@@ -83,6 +83,10 @@ class PreparedCall:
                 columns.add(chunk)
         stats.generated_tokens = columns.num_counted
         return columns.finish(stats)
+
+    def _are_usual(self, positions: Tensor) -> bool:
+        fits = positions.ndim == 2 and positions.shape[1] == self.input_ids.shape[1]
+        return fits and torch.equal(positions.expand_as(self.input_ids), self._usual_positions())
 
     def _usual_positions(self) -> Tensor:
         mask = self.inputs.get("attention_mask")
