@@ -236,6 +236,7 @@ def test_arms_of_the_table(fake_accel, model):
 def test_a_draft_serves_both_runtimes(fake_accel, model):
     draft = find_draft("my-draft", model, device="cpu")
     assert draft.artifact is model
+    assert fake_accel.pop(0) == ("detach",)  # as an assistant it decodes with transformers' own generate()
     arms = all_arms(draft)
     assert list(arms)[-2:] == ["accel-lm", "accel-auto"]
     assert arms["transformers-assisted"].kwargs == {"assistant_model": model}
