@@ -168,3 +168,13 @@ def test_a_cache_of_the_callers_own_is_filled(tiny):
     more = accel.generate(model, first, past_key_values=cache, max_new_tokens=5)
     tiny.assert_similar(more, tiny.reference(model, first, max_new_tokens=5))
     assert "past_key_values" in accel.stats(model).notes[0]
+
+
+@pytest.mark.parametrize("setting", [{"cache_implementation": "static"}, {"prefill_chunk_size": 4}])
+def test_settings_without_effect_are_named(tiny, setting):
+    model, _ = tiny.pair("llama")
+    prompt = tiny.prompts(2) | {"max_new_tokens": 6}
+    ours = accel.generate(model, **prompt, **setting)
+    assert torch.equal(ours, accel.generate(model, **prompt))
+    accel.generate(model, **prompt, **setting)
+    assert [note for note in accel.stats(model).notes if next(iter(setting)) in note]

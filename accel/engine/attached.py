@@ -36,6 +36,12 @@ _NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_
 # settings that make transformers' assisted decoding something other than "a draft model" or "prompt lookup"
 _OTHER_ASSISTANTS = ("use_mtp", "assistant_early_exit", "speculation_type", "assistant_ensemble_weight")
 
+# arguments about how transformers would go about it; the output does not depend on them
+_WITHOUT_EFFECT = (
+    "cache_implementation cache_config compile_config prefill_chunk_size num_assistant_tokens_schedule "
+    "assistant_confidence_threshold assistant_lookbehind target_lookbehind max_matching_ngram_size"
+).split()
+
 
 class Attached:
     """The state of one attached model, kept on the model itself."""
@@ -120,8 +126,11 @@ class Attached:
                 raise OptionError("stop_strings without tokenizer=: pass the tokenizer that decodes them")
             criteria.append(StopStringCriteria(kwargs["tokenizer"], settings["stop_strings"]))
         kwargs.pop("tokenizer", None)
-        # what is handled here must not reach transformers, which would refuse or repeat it
-        handled = ("stop_strings", "prompt_lookup_num_tokens", "num_assistant_tokens")
+        for name in _WITHOUT_EFFECT:
+            if kwargs.get(name) is not None:
+                self._say(f"{name} has no effect: accel keeps its own rows and chooses its own drafts")
+        # what is handled here must not reach transformers, which would refuse it, repeat it or allocate for it
+        handled = ("stop_strings", "prompt_lookup_num_tokens", "num_assistant_tokens", "cache_implementation")
         with settings.without(handled, kwargs) as config:
             return plain_generate(
                 self.model,
