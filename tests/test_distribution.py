@@ -17,6 +17,7 @@ from transformers.generation import LogitsProcessor
 import accel
 from accel.engine.transformers_call import PreparedCall
 from accel.kernels.verify import reference
+from accel.methods.speculative.draft_length import Acceptance, AdaptiveLength, Costs
 
 V, JOINT, NEW, DRAWS = 5, 4, 5, 1200
 # a text that repeats itself, so that suffix and n-gram drafters have something to say
@@ -191,3 +192,39 @@ def test_it_can_fail(models, name, broken, acceptance, monkeypatch):
     monkeypatch.setattr(reference, name, broken)
     out, _ = sample(target, [drafts["wrong"]], drafter="lm", draft_length=3, acceptance=acceptance)
     assert p_value(out, exact(target, {"top_k": 0})) < 1e-6
+
+
+def ended_at(law, end):
+    """The joint law when a row stops at token ``end`` and is padded with it."""
+    ended = torch.zeros_like(law)
+    for probability, cell in zip(law.tolist(), itertools.product(range(V), repeat=JOINT), strict=True):
+        first = cell.index(end) if end in cell else JOINT
+        padded = [*cell[:first], *[end] * (JOINT - first)]
+        ended[sum(token * V ** (JOINT - 1 - i) for i, token in enumerate(padded))] += probability
+    return ended
+
+
+@pytest.mark.parametrize("acceptance", ["token", "block"])
+@pytest.mark.parametrize("kind", ["partly", "wrong"])
+def test_a_sampled_draft_is_not_shortened_by_what_it_says(models, monkeypatch, kind, acceptance):
+    """Verifying is made so dear that unlikely drafted tokens would not be worth it; dropping them would be a bias."""
+    target, drafts = models
+    monkeypatch.setattr(Costs, "verify", lambda self, positions: 0.5 + 0.5 * positions / DRAWS)
+    monkeypatch.setattr(Costs, "is_stale", lambda self, positions: False)
+    monkeypatch.setattr(AdaptiveLength, "_judge", lambda *args, **kwargs: False)
+    monkeypatch.setattr(Acceptance, "chance", lambda self, confidence: confidence)
+    monkeypatch.setattr(AdaptiveLength, "keep_going", lambda self, row, confidences, rows: len(confidences) < 3)
+    out, stats = sample(target, [drafts[kind]], drafter="lm", acceptance=acceptance)
+    assert stats.drafted_tokens > 0
+    assert p_value(out, exact(target, {"top_k": 0})) > 1e-4
+
+
+@pytest.mark.parametrize("acceptance", ["token", "block"])
+@pytest.mark.parametrize("kind", ["partly", "wrong"])
+def test_a_drafted_end_is_not_dropped(models, kind, acceptance):
+    target, drafts = models
+    law = exact(target, {"top_k": 0})
+    for end in (2, 3, 4):
+        options = {"draft_length": 3, "acceptance": acceptance, "eos_token_id": end, "pad_token_id": end}
+        out, _ = sample(target, [drafts[kind]], drafter="lm", seed=end, **options)
+        assert p_value(out, ended_at(law, end)) > 1e-4

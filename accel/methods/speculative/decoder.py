@@ -122,8 +122,9 @@ class SpeculativeDecoder(RowDecoder):
         guesses = []
         for live in rows:
             draft = drafts.get(live.request.id, Draft())
-            keep = self.length.trim(live.request.id, draft.confidence, len(rows), self.drafter.free)
-            guesses.append(_Guess(draft, _before_stop(draft.tokens[:keep], live.request.stop_tokens)))
+            sampled = draft.probs is not None
+            keep = self.length.trim(live.request.id, draft.confidence, len(rows), self.drafter.free, sampled)
+            guesses.append(_Guess(draft, _through_stop(draft.tokens[:keep], live.request.stop_tokens)))
         return guesses
 
     def _ask(self, live: LiveRow, most: int, num_rows: int) -> Ask:
@@ -200,7 +201,7 @@ class SpeculativeDecoder(RowDecoder):
         for position, token in enumerate([*guess.tokens, None]):
             scores.append(live.sampler.scores(logits[position], guess.tokens[:position]))
             choice = self._decide(live, guess, position, token, scores[-1])
-            if choice != token:
+            if choice != token or choice in live.request.stop_tokens:
                 return _Verdict(position, choice, torch.stack(scores))
         raise AssertionError("the bonus position always decides")
 
@@ -247,9 +248,12 @@ class SpeculativeDecoder(RowDecoder):
             raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
 
 
-def _before_stop(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
-    """How many tokens stand before the first that would end the row: nothing behind an end is to be looked at."""
-    return next((index for index, token in enumerate(tokens) if token in stop_tokens), len(tokens))
+def _through_stop(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
+    """How many tokens there are up to the first that would end the row: nothing behind it can be kept.
+
+    The end itself stays: a sampled draft must not lose a token for what it is (see ``AdaptiveLength.trim``).
+    """
+    return next((index + 1 for index, token in enumerate(tokens) if token in stop_tokens), len(tokens))
 
 
 def _scores(live: LiveRow, guess: _Guess, logits: Tensor) -> Tensor:

@@ -168,7 +168,7 @@ class FixedLength:
     def keep_going(self, row: int, confidences: Sequence[float], rows: int) -> bool:
         return True
 
-    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool) -> int:
+    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False) -> int:
         return len(confidences)
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None: ...
@@ -230,8 +230,12 @@ class AdaptiveLength:
         done = len(confidences)
         return self._rate(survival, rows, drafted=done + 1) > self._rate(survival[:done], rows, drafted=done)
 
-    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool) -> int:
-        """How many of the drafted tokens to verify: their drafting is paid for, only verification still costs."""
+    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False) -> int:
+        """How many of the drafted tokens to verify: their drafting is paid for, only verification still costs.
+
+        A ``sampled`` draft is verified whole or, for reasons that lie before it, not at all. Its tokens were drawn
+        from q and are accepted as such; leaving out those that look bad would keep a sample that no longer follows q.
+        """
         trial = self._trials[row]
         was_fresh, trial.is_fresh = trial.is_fresh, trial.is_fresh and not confidences
         if self.costs.is_stale(rows):
@@ -240,6 +244,8 @@ class AdaptiveLength:
         rates = [self._rate(survival[:length], rows, drafted=0) for length in range(len(survival) + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
+        if sampled:
+            kept = len(confidences)
         # a fresh draft is not judged: what drafting costs may only be known after the next one
         if free or not confidences or was_fresh:
             return kept
