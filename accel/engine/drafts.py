@@ -35,11 +35,11 @@ def drafter_from(
             return TranslatedDrafter(given, draft_tokenizer, tokenizer, vocab_size)
         return SmallLMDrafter(given, vocab_size)
     if isinstance(given, str | Path):
-        path = resolve(given)
-        if not (path / "accel.json").exists() and (path / "config.json").exists():
-            draft = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype, local_files_only=True)
+        folder = Path(given)
+        if (folder / "config.json").exists() and not (folder / "accel.json").exists():
+            draft = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
             return drafter_from(draft.to(model.device).eval(), model, tokenizer, draft_tokenizer)
-        given = open_artifact(path)
+        given = open_artifact(resolve(given))
     if isinstance(given, Artifact):
         return _from_artifact(given, model, vocab_size)
     if isinstance(given, Drafter):
@@ -59,10 +59,13 @@ def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) 
     check_base(artifact, model.config)
     parameters: dict[str, Any] = dict(artifact.manifest.parameters)
     draft = AutoModelForCausalLM.from_config(AutoConfig.for_model(**parameters["config"]), dtype=model.dtype)
-    missing = draft.load_state_dict(artifact.tensors("model.safetensors"), strict=False).missing_keys
-    tied = set(getattr(draft, "_tied_weights_keys", None) or ())
-    if set(missing) - tied:
-        raise ArtifactError(f"{artifact.path.name} lacks the draft's weights {sorted(set(missing) - tied)[:3]}")
+    found = draft.load_state_dict(artifact.tensors("model.safetensors"), strict=False)
+    missing = set(found.missing_keys) - set(getattr(draft, "_tied_weights_keys", None) or ())
+    if missing or found.unexpected_keys:
+        raise ArtifactError(
+            f"{artifact.path.name}: the weights do not fit the config: missing {sorted(missing)[:3]}, "
+            f"unknown {sorted(found.unexpected_keys)[:3]}"
+        )
     draft.tie_weights()
     vocabulary = None
     if "vocabulary.safetensors" in artifact.manifest.files:

@@ -27,6 +27,12 @@ class Stopper(Protocol):
     def clip(self, emission: Emission) -> tuple[int, bool]: ...
 
 
+def end_tokens(criteria: Sequence[StoppingCriteria]) -> frozenset[int]:
+    """The tokens that end a row; a subclass may mean something else by its own."""
+    ends = [c.eos_token_id.flatten().tolist() for c in criteria if type(c) is EosTokenCriteria]
+    return frozenset(token for tokens in ends for token in tokens)
+
+
 class CriteriaStopper:
     """transformers' criteria, applied to each row on its own.
 
@@ -36,13 +42,8 @@ class CriteriaStopper:
 
     def __init__(self, criteria: Sequence[StoppingCriteria], prompts: Tensor, max_new_tokens: int) -> None:
         self.max_new_tokens = max_new_tokens
-        self.eos: set[int] = set()
-        self.others: list[StoppingCriteria] = []
-        for criterion in criteria:
-            if type(criterion) is EosTokenCriteria:
-                self.eos |= set(criterion.eos_token_id.flatten().tolist())
-            elif type(criterion) is not MaxLengthCriteria:
-                self.others.append(criterion)
+        self.eos = end_tokens(criteria)
+        self.others = [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         self.num_new = [0] * len(prompts)
         self._ids = prompts
         if self.others:

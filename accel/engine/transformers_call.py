@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from accel.axes import Decoder
 from accel.engine.loop import Engine
-from accel.engine.stopping import CriteriaStopper, Stopper, TogetherStopper
+from accel.engine.stopping import CriteriaStopper, Stopper, TogetherStopper, end_tokens
 from accel.errors import OptionError
 from accel.models.softmax_target import SoftmaxTarget
 from accel.sampling import LogitsPipeline
@@ -130,8 +130,7 @@ class PreparedCall:
     def _requests(self, prompts: Sequence[Tensor], max_new: int) -> list[Request]:
         config = self.config
         pipeline = LogitsPipeline(self.logits_processor)
-        ends = [c.eos_token_id.flatten().tolist() for c in self.stopping_criteria if type(c) is EosTokenCriteria]
-        stop_tokens = frozenset(token for tokens in ends for token in tokens)
+        stop_tokens = end_tokens(self.stopping_criteria)
         # drawn from torch's global generator, so that torch.manual_seed reproduces a call as it does in transformers
         base = int(torch.randint(2**62, ())) if self.seed is None and config.do_sample else self.seed or 0
         return [

@@ -1,0 +1,75 @@
+"""From what a user hands over to a drafter: artifacts on disk, transformers folders, live objects, refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import accel
+from accel.artifacts import Manifest, describe_base, save
+from accel.errors import ArtifactError, IncompatibleError
+
+KEPT = list(range(2, 67, 2))  # the target ids that the trimmed draft knows
+
+
+@pytest.fixture
+def target(tiny):
+    return tiny.build("llama")
+
+
+def draft_artifact(tiny, folder, target, *, kind="draft", lose=(), extra=(), trimmed=False):
+    draft = tiny.build("llama", seed=1, vocab_size=len(KEPT)) if trimmed else tiny.draft_of(target, "partly")
+    weights = {name: tensor.contiguous() for name, tensor in draft.state_dict().items() if name not in lose}
+    weights |= {name: torch.zeros(1) for name in extra}
+    files = {"model.safetensors": weights}
+    parameters = {"config": draft.config.to_diff_dict()}
+    if trimmed:
+        files["vocabulary.safetensors"] = {"d2t": torch.tensor(KEPT)}
+        parameters["unknown"] = 0
+    base = describe_base(target.config, name="tiny")
+    return save(folder, Manifest(kind=kind, base=base, parameters=parameters), files)
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+@pytest.mark.parametrize("as_path", [False, True])
+def test_a_draft_artifact_drafts(tiny, tmp_path, target, trimmed, as_path):
+    artifact = draft_artifact(tiny, tmp_path / "draft", target, trimmed=trimmed)
+    prompt = tiny.prompts(2) | {"max_new_tokens": 12}
+    given = str(artifact.path) if as_path else artifact
+    out = accel.generate(target, artifacts=[given], drafter="lm", draft_length=3, **prompt)
+    tiny.assert_similar(out, tiny.reference(target, **prompt))
+    assert accel.stats(target).drafted_tokens > 0
+
+
+def test_a_transformers_folder_is_a_draft(tiny, tmp_path, target):
+    tiny.draft_of(target, "right").save_pretrained(tmp_path / "small")
+    prompt = tiny.prompts(1) | {"max_new_tokens": 12}
+    accel.generate(target, artifacts=[tmp_path / "small"], drafter="lm", draft_length=3, **prompt)
+    assert accel.stats(target).acceptance_rate > 0.8
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lose": ["model.norm.weight"]}, r"missing \['model.norm.weight'\]"),
+        ({"extra": ["surplus"]}, r"unknown \['surplus'\]"),
+        ({"kind": "cartridge"}, "takes kind 'draft'"),
+    ],
+)
+def test_a_draft_artifact_that_does_not_fit_is_refused(tiny, tmp_path, target, change, says):
+    artifact = draft_artifact(tiny, tmp_path / "draft", target, **change)
+    with pytest.raises(ArtifactError, match=says):
+        accel.attach(target, artifact)
+
+
+def test_a_draft_made_for_another_model_is_refused(tiny, tmp_path, target):
+    artifact = draft_artifact(tiny, tmp_path / "draft", target)
+    with pytest.raises(ArtifactError):
+        accel.attach(tiny.build("llama", num_hidden_layers=3), artifact)
+
+
+def test_what_is_no_draft_is_refused(target):
+    with pytest.raises(ArtifactError, match="int is no artifact"):
+        accel.attach(target, 7)
+    with pytest.raises(IncompatibleError, match="the target itself"):
+        accel.attach(target, target)
