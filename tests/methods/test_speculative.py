@@ -263,7 +263,7 @@ def test_evict_closes_the_row_everywhere_and_once() -> None:
 
 def test_trimmed_tokens_are_never_verified_and_still_teach(monkeypatch) -> None:
     learned = []
-    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, rows, free: min(1, len(confidences)))
+    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, *how: min(1, len(confidences)))
     monkeypatch.setattr(AdaptiveLength, "learn", lambda self, row, confidences, *seen: learned.append(seen))
     setup = Setup(right_for(2, 4), draft_length="auto")
     tokens = setup.run(request(0, new=7))
@@ -383,7 +383,7 @@ def test_greedy_and_sampled_rows_in_one_batch() -> None:
 
 def test_a_sampled_drafts_outcome_is_its_acceptance(monkeypatch) -> None:
     learned: list[tuple[int, int]] = []
-    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, rows, free: min(2, len(confidences)))
+    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, *how: min(2, len(confidences)))
     monkeypatch.setattr(AdaptiveLength, "learn", lambda self, row, confidences, *seen: learned.append(seen))
     setup = Setup(sampled_guess, draft_length="auto")
     setup.run(request(0, new=20, do_sample=True, seed=1))
