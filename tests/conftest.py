@@ -19,6 +19,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import torch
 from hypothesis import settings
 
+if not torch.cuda.is_available():
+    # triton reads it when it is imported: kernels then run on the CPU, one program at a time, uncompiled
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # no deadline, because the machine may be shared; the same examples each time, because CI must not flip
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")

@@ -1,0 +1,18 @@
+"""Where a kernel runs: the one question every family's public function asks before it picks a path."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+
+def runs_triton(x: Tensor) -> bool:
+    """Whether ``x`` lies on a CUDA or ROCm device and Triton is installed; elsewhere the reference is the path."""
+    return x.is_cuda and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
