@@ -69,12 +69,35 @@ docs: setup
 bench: setup
 	$(BIN)/accel bench --json --output bench/results/cpu.json
 
-test-gpu: setup
-	$(BIN)/python -m pytest -m gpu --json-out build/test-gpu.json
+# On a GPU machine without a network: make test-gpu VENV=  (likewise bench-gpu) takes the python on PATH with what it
+# has and installs nothing; accel is then found through a link, not through the root (see PYTHONSAFEPATH above).
+ifeq ($(strip $(VENV)),)
+GPU_READY := build/path/accel $(LINKS)
+GPU_PYTHON := PYTHONPATH=$(CURDIR)/build/path$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+else
+GPU_READY := setup
+GPU_PYTHON := $(BIN)/python
+endif
+# compiling the kernels takes longer than running them: several processes share that where pytest-xdist is installed
+GPU_WORKERS ?= 8
+NO_GPU = no CUDA device that torch can use: $@ needs one; make $(@:-gpu=) runs without
 
-bench-gpu: setup
-	$(BIN)/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA device here; use make bench")'
-	$(BIN)/accel bench --json --output bench/results/gpu.json
+build/path/accel:
+	@mkdir -p $(@D)
+	@ln -sfn ../../accel $@
+
+.PHONY: gpu-ready
+gpu-ready: $(GPU_READY)
+
+test-gpu: gpu-ready
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "$(NO_GPU)")'
+	@spread=$$($(GPU_PYTHON) -c 'import xdist; print("-n $(GPU_WORKERS)")' 2>/dev/null); \
+	$(GPU_PYTHON) -m pytest -m "gpu or kernel" $$spread --continue-on-collection-errors --json-out build/test-gpu.json
+
+bench-gpu: gpu-ready
+	@gpu=$$($(GPU_PYTHON) -c 'import re, sys, torch; torch.cuda.is_available() or sys.exit("$(NO_GPU)"); \
+	  print(re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower().removeprefix("nvidia ")).strip("-"))') || exit 1; \
+	$(GPU_PYTHON) -c 'from accel.cli.main import main; main(prog_name="accel")' bench --suite kernels --device cuda --output "bench/results/kernels-$$gpu.json"
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks $(LINKS) $(VENV)

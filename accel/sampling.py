@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from accel.kernels.verify import draw
+from accel.kernels.sampling import sample
+from accel.kernels.sampling.reference import NOTHING_TO_CHOOSE
 from accel.types import Request
 
 # processors that look at the scores alone: any number of positions can be processed in one call
@@ -125,7 +126,7 @@ class RowSampler:
         """
         if not self.request.do_sample:
             return int(scores.argmax())
-        return draw(scores.double().softmax(-1), float(self.uniforms(1)))
+        return draw_rows([self], scores[None])[0]
 
     def uniforms(self, count: int) -> Tensor:
         """The row's next ``count`` uniforms in [0, 1), float64 on the CPU."""
@@ -148,7 +149,23 @@ def batch_scores(samplers: Sequence[RowSampler], logits: Tensor) -> Tensor:
 
 def draw_rows(samplers: Sequence[RowSampler], scores: Tensor) -> list[int]:
     """One token a row from scores ``[R, V]``: argmax, or a draw with the row's own generator."""
-    if any(sampler.request.do_sample for sampler in samplers):
-        return [sampler.choose(row) for sampler, row in zip(samplers, scores, strict=True)]
-    tokens: list[int] = scores.argmax(-1).tolist()
-    return tokens
+    drawn = [index for index, sampler in enumerate(samplers) if sampler.request.do_sample]
+    if len(drawn) == len(samplers):
+        return checked(_draw(samplers, scores))
+    tokens = scores.argmax(-1)
+    if drawn:
+        tokens[drawn] = _draw([samplers[index] for index in drawn], scores[drawn])
+    return checked(tokens)
+
+
+def _draw(samplers: Sequence[RowSampler], scores: Tensor) -> Tensor:
+    uniforms = torch.cat([sampler.uniforms(1) for sampler in samplers])
+    return sample(scores, uniforms=uniforms.to(scores.device)).token
+
+
+def checked(tokens: Tensor) -> list[int]:
+    """Chosen tokens ``[R]`` on the host, where a GPU's answer for a row without any allowed token (-1) is refused."""
+    chosen: list[int] = tokens.tolist()
+    if any(token < 0 for token in chosen):
+        raise ValueError(NOTHING_TO_CHOOSE)
+    return chosen

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import time
+from collections import Counter
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +29,44 @@ if not torch.cuda.is_available():
 settings.register_profile("house", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("house")
 
-RESULTS = pytest.StashKey[list[dict[str, Any]]]()
+
+class Recorder:
+    """Every test's outcome, and the figures it recorded, as they are reported: by workers too, where pytest-xdist
+    spreads the tests over several."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.started = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        row = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
+        if report.outcome != "passed":
+            row["why"] = report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longreprtext[-2000:]
+        self.rows.append(row | {"figures": dict(report.user_properties)})
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.rows.append({"test": report.nodeid, "outcome": "error", "why": report.longreprtext[-2000:]})
+
+    def pytest_sessionfinish(self, exitstatus: int) -> None:
+        from accel.bench import environment
+
+        on_gpu = torch.cuda.is_available()
+        document = {
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+            "environment": environment.describe(torch.device("cuda" if on_gpu else "cpu"))
+            | {"triton": environment.package_version("triton"), "cuda": torch.version.cuda},
+            "seconds": time.monotonic() - self.started,
+            "exit_status": int(exitstatus),
+            "outcomes": dict(Counter(row["outcome"] for row in self.rows)),
+            "tests": self.rows,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,7 +74,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[RESULTS] = []
+    path = config.getoption("--json-out")
+    # a worker of pytest-xdist has "workerinput": its reports reach the recorder of the process that started it
+    if path is not None and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Recorder(path), "figures as JSON")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -44,27 +86,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="no CUDA device here: run `make test-gpu` where there is one"))
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Any:
-    report = yield
-    if report.when == "call" or report.outcome != "passed":
-        figures = dict(report.user_properties)
-        item.config.stash[RESULTS].append(
-            {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration, "figures": figures}
-        )
-    return report
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    path = session.config.getoption("--json-out")
-    if path is None:
-        return
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    document = {"device": device, "torch": torch.__version__, "tests": session.config.stash[RESULTS]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

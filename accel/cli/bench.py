@@ -21,12 +21,12 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command("bench")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("-a", "--artifact", "artifacts", multiple=True, metavar="ARTIFACT", help="A draft model: folder or name.")
-@click.option("--suite", help="default (embedded prompts), spec-bench (reads --prompts), or steps.")
+@click.option("--suite", help="default (embedded prompts), spec-bench (reads --prompts), steps, or kernels.")
 @click.option("--prompts", "prompt_file", type=FILE, help="Spec-Bench JSON lines: question_id, category, turns.")
 @click.option("--limit", type=int, help="Prompts of each task group. [default suite: 1; spec-bench: all]")
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
 @click.option("--max-new-tokens", type=int, help="Tokens to generate. [default suite: 64; spec-bench: 128]")
-@click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name.")
+@click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="Runs of each arm on each prompt.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; above, sample.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs.")
@@ -62,10 +62,14 @@ def bench(
     """Measure MODEL with transformers' own generate and with accel, on the same weights and prompts.
 
     Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same. The suite
-    `steps` measures what one target step costs by the number of positions it verifies.
+    `steps` measures what one target step costs by the number of positions it verifies. The suite `kernels` takes no
+    MODEL: it times every kernel family on --device against the machine's own bandwidth and other implementations.
     """
     if suite == "steps":
         _bench_steps(model, threads, device, dtype, as_json, output)
+        return
+    if suite == "kernels":
+        _bench_kernels(arms, threads, device, as_json, output)
         return
     # torch takes seconds to import: not for --help
     from accel.bench import html, report, saving, session, workloads
@@ -121,3 +125,25 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
     if output:
         saving.write(output, saving.dump(document))
     click.echo(saving.dump(document) if as_json else steps.terminal(document), nl=False)
+
+
+def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: bool, output: Path | None) -> None:
+    import torch
+
+    from accel.bench import saving
+    from accel.bench.kernels import families, report, suite
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    started = time.monotonic()
+    with Progress() as progress:
+        document = suite.run(
+            families.find_device(device),
+            arms,
+            command=shlex.join(["accel", *sys.argv[1:]]),
+            told=lambda done, total, case: progress(
+                f"{done}/{total} · {time.monotonic() - started:.0f} s · {case.family}: {case.name}"
+            ),
+            save=lambda part: saving.write(output, report.dump(part)) if output else None,
+        )
+    click.echo(report.dump(document) if as_json else report.terminal(document), nl=False)

@@ -1,5 +1,71 @@
-"""Prefix attention: new positions of each row over shared segments plus the row's own tail (see reference.py)."""
+"""Prefix attention: new positions of each row over shared segments plus the row's own tail (README.md).
 
-from accel.kernels.prefix_attention.reference import Plan, SharedKV, plan, prefix_attention
+Knows positions, lengths and who reads which segment. Does not know models, caches or layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from accel.kernels.device import runs_triton
+from accel.kernels.prefix_attention import reference
+from accel.kernels.prefix_attention.reference import Plan, SharedKV, plan
 
 __all__ = ["Plan", "SharedKV", "plan", "prefix_attention"]
+
+# what the Triton path takes; anything else runs the reference
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TRITON_MAX_HEAD_DIM = 256
+
+
+def prefix_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    plan: Plan,
+    segments: Sequence[SharedKV] = (),
+    *,
+    scale: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """Softmax attention over every segment of a row and its tail.
+
+    query [R, H, n, D], keys [R, Hkv, L, D], values [R, Hkv, L, Dv] → [R, H, n, Dv]; segments [Hkv, P, D], [Hkv, P, Dv]
+
+    H is a multiple of Hkv. Tails hold the n new positions and are right-padded, with anything finite (the Triton path
+    never reads the padding). ``plan`` is the step's, made for the same R, n and L. ``softcap`` c turns a score x into
+    c · tanh(x / c).
+    """
+    q, k, v = query.shape, keys.shape, values.shape
+    if len(q) != 4 or len(k) != 4 or k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3] or q[1] % k[1]:
+        raise ValueError(
+            f"query {list(q)}, keys {list(k)}, values {list(v)}: they must be [R, H, n, D], [R, Hkv, L, D] and "
+            "[R, Hkv, L, Dv], H a multiple of Hkv"
+        )
+    if (len(plan.starts), plan.n, plan.tail_length) != (q[0], q[2], k[2]):
+        raise ValueError(
+            f"the plan is for R={len(plan.starts)}, n={plan.n}, L={plan.tail_length}, query and keys have R={q[0]}, "
+            f"n={q[2]}, L={k[2]}: make a plan for this step"
+        )
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap={softcap}: must be > 0, or None for none")
+    if (
+        runs_triton(query)
+        and query.dtype in TRITON_DTYPES
+        and max(q[3], v[3]) <= TRITON_MAX_HEAD_DIM
+        and not _needs_gradient(query, keys, values, segments)
+    ):
+        from accel.kernels.prefix_attention import triton
+
+        return triton.prefix_attention(query, keys, values, plan, segments, scale=scale, softcap=softcap)
+    return reference.prefix_attention(query, keys, values, plan, segments, scale=scale, softcap=softcap)
+
+
+def _needs_gradient(query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[SharedKV]) -> bool:
+    """The kernels have no backward pass; the reference differentiates."""
+    return torch.is_grad_enabled() and any(
+        t.requires_grad for t in (query, keys, values, *(t for s in segments for t in (s.keys, s.values)))
+    )

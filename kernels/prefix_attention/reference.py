@@ -7,8 +7,10 @@ layer (``prefix_attention``).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,20 +30,42 @@ class SharedKV:
     first_position: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
     """Who sees which tail key, for one step and one window size.
 
-    ``mask``: additive ``[R, 1, n, L]``, or None where every query sees all L tail keys. ``causal``: the step is a
-    fresh prefill (n == L), so that SDPA's own causal mask says the same as ``mask`` without being built.
+    Row r's query i stands behind ``starts[r] + i`` tail keys and at position ``first_query_positions[r] + i``.
+    ``tail_length``: L, the longest row's. ``causal``: the step is a fresh prefill (n == L), so that SDPA's own causal
+    mask says the same as ``mask`` without being built.
     """
 
     n: int
     tail_length: int
+    starts: tuple[int, ...]
     first_query_positions: tuple[int, ...]
     window: int | None
-    mask: Tensor | None
     causal: bool
+    device: torch.device
+    dtype: torch.dtype
+    # what a path works out once a step and needs again in every layer
+    derived: dict[Hashable, Any] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """Additive ``[R, 1, n, L]``, or None where ``causal`` says it all or every query sees all L tail keys.
+
+        Only the reference reads it: kernels go by ``starts``, and the mask of a long prefill would not fit.
+        """
+        windowed = self.window is not None and self.tail_length > self.window
+        if self.causal or (not windowed and self.n == 1 and min(self.starts) == max(self.starts)):
+            return None
+        query = torch.tensor(self.starts, device=self.device)[:, None] + torch.arange(self.n, device=self.device)
+        key = torch.arange(self.tail_length, device=self.device)
+        hidden = key > query[..., None]  # [R, n, L]
+        if self.window is not None:
+            hidden |= key <= query[..., None] - self.window
+        mask = torch.zeros(hidden.shape, dtype=self.dtype, device=self.device).masked_fill_(hidden, -math.inf)
+        return mask[:, None]
 
 
 def plan(
@@ -61,17 +85,8 @@ def plan(
     length = max(starts) + n
     first = tuple(offset + start for offset, start in zip(offsets, starts, strict=True))
     windowed = window is not None and length > window
-    if not windowed and not any(starts):
-        return Plan(n, length, first, window, None, causal=n > 1)
-    if n == 1 and not windowed and min(starts) == max(starts):
-        return Plan(n, length, first, window, None, causal=False)
-    query = torch.tensor(starts, device=device)[:, None] + torch.arange(n, device=device)  # [R, n]
-    key = torch.arange(length, device=device)
-    hidden = key > query[..., None]  # [R, n, L]
-    if window is not None:
-        hidden |= key <= query[..., None] - window
-    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-    return Plan(n, length, first, window, mask[:, None], causal=False)
+    causal = n > 1 and not windowed and not any(starts)
+    return Plan(n, length, tuple(starts), first, window, causal, device, dtype)
 
 
 def prefix_attention(
@@ -84,11 +99,7 @@ def prefix_attention(
     scale: float,
     softcap: float | None = None,
 ) -> Tensor:
-    """Softmax attention over every segment of a row and its tail.
-
-    query ``[R, H, n, D]``; keys ``[R, Hkv, L, D]``, values ``[R, Hkv, L, Dv]`` (tails, right-padded with anything
-    finite) → ``[R, H, n, Dv]``. H is a multiple of Hkv (GQA).
-    """
+    """query [R, H, n, D], keys [R, Hkv, L, D], values [R, Hkv, L, Dv] → [R, H, n, Dv]; see the public function."""
     if segments or softcap is not None:
         return _merged(query, keys, values, plan, segments, scale, softcap)
     rows, heads, n, _ = query.shape

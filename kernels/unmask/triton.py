@@ -91,19 +91,21 @@ def _commit(
 ):  # fmt: skip
     """Positions i_l of row i_b: committed where the rule holds or the rank among the row's candidates is low."""
     i_b, i_l = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    l = i_l * b_L + tl.arange(0, b_L)
-    candidate = tl.load(p_masked + i_b * L + l, mask=l < L, other=0) != 0
-    doubt = tl.load(p_doubt + i_b * L + l, mask=l < L, other=0.0)
+    o_l = i_l * b_L + tl.arange(0, b_L)
+    candidate = tl.load(p_masked + i_b * L + o_l, mask=o_l < L, other=0) != 0
+    doubt = tl.load(p_doubt + i_b * L + o_l, mask=o_l < L, other=0.0)
     if NEGATE:
         doubt = -doubt
     rank = tl.zeros((b_L,), tl.int32)
     for tile in range(0, L, b_R):
-        r = tile + tl.arange(0, b_R)
-        rival = tl.load(p_masked + i_b * L + r, mask=r < L, other=0) != 0
-        theirs = tl.load(p_doubt + i_b * L + r, mask=r < L, other=0.0)
+        o_r = tile + tl.arange(0, b_R)
+        rival = tl.load(p_masked + i_b * L + o_r, mask=o_r < L, other=0) != 0
+        theirs = tl.load(p_doubt + i_b * L + o_r, mask=o_r < L, other=0.0)
         if NEGATE:
             theirs = -theirs
-        before = (theirs[None, :] < doubt[:, None]) | ((theirs[None, :] == doubt[:, None]) & (r[None, :] < l[:, None]))
+        before = (theirs[None, :] < doubt[:, None]) | (
+            (theirs[None, :] == doubt[:, None]) & (o_r[None, :] < o_l[:, None])
+        )
         rank += tl.sum((before & rival[None, :]).to(tl.int32), 1)
     if BY_COUNT:
         chosen = rank < tl.load(p_count + i_b)
@@ -111,7 +113,7 @@ def _commit(
         chosen = (rank == 0) | (doubt < limit)
     else:
         chosen = (rank == 0) | (doubt <= limit)
-    tl.store(p_commit + i_b * L + l, (candidate & chosen).to(tl.int8), mask=l < L)
+    tl.store(p_commit + i_b * L + o_l, (candidate & chosen).to(tl.int8), mask=o_l < L)
 
 
 def certainty(logits: Tensor, *, forbidden: int | None = None) -> Certainty:

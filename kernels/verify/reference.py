@@ -31,6 +31,8 @@ def verify(
     lengths: Tensor,
     *,
     q: Tensor | None = None,
+    draft_scores: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
     greedy: bool = False,
     uniforms: Tensor | None = None,
     acceptance: str = "token",
@@ -38,11 +40,15 @@ def verify(
 ) -> Verdict:
     """``accel.kernels.verify.verify`` without its checks of the arguments.
 
-    scores [R, K+1, V], tokens [R, K], lengths [R], q [R, K, V], uniforms [R, K+1] → n_accepted [R], next_token [R]
+    scores [R, K+1, V], tokens [R, K], lengths [R], q or draft_scores [R, K, V], temperature [R] or a number,
+    uniforms [R, K+1] → n_accepted [R], next_token [R]
     """
     if greedy:
-        return _verify_greedy(scores, tokens, lengths, lenience)
+        return _verify_greedy(scores, tokens, lengths, temperature, lenience)
     assert uniforms is not None
+    scores = _cool(scores, temperature)
+    if draft_scores is not None:
+        q = _softmax(_cool(draft_scores, temperature))
     if acceptance == "block":
         n_accepted, weights = _verify_block(scores, tokens, lengths, q, uniforms)
     else:
@@ -80,7 +86,9 @@ def draw(weights: Tensor, u: float) -> int:
     return int(_draw(weights[None], torch.tensor([u], dtype=torch.float64)))
 
 
-def _verify_greedy(scores: Tensor, tokens: Tensor, lengths: Tensor, lenience: Lenience | None) -> Verdict:
+def _verify_greedy(
+    scores: Tensor, tokens: Tensor, lengths: Tensor, temperature: float | Tensor, lenience: Lenience | None
+) -> Verdict:
     best = _argmax(scores)  # [R, K+1]
     K = tokens.shape[1]
     drafted = torch.arange(K, device=scores.device) < lengths[:, None]
@@ -88,10 +96,10 @@ def _verify_greedy(scores: Tensor, tokens: Tensor, lengths: Tensor, lenience: Le
     if lenience is not None and lenience[1] < 1 and K:
         # p(x) and max p are all the rule asks for; tokens beyond a row's length may be no tokens at all
         at = tokens.where(drafted, 0)[..., None]
-        raw = scores[:, :K].float()
-        log_total = raw.logsumexp(-1, keepdim=True)
-        p_token = (raw.gather(-1, at) - log_total).exp()
-        p_best = (raw.gather(-1, best[:, :K, None]) - log_total).exp()
+        cooled = _cool(scores[:, :K], temperature).float()
+        log_total = cooled.logsumexp(-1, keepdim=True)
+        p_token = (cooled.gather(-1, at) - log_total).exp()
+        p_best = (cooled.gather(-1, best[:, :K, None]) - log_total).exp()
         kept |= (f(p_token, lenience) >= p_best)[..., 0]
     n_accepted = (kept & drafted).long().cumprod(-1).sum(-1)
     next_token = best.gather(1, n_accepted[:, None])  # [R, 1]
@@ -210,6 +218,13 @@ NOTHING_TO_CHOOSE = (
     "no token can follow: the scores of a position are all -inf or hold NaN or +inf (or the weights are all 0); "
     "allow at least one token at every position up to the row's length"
 )
+
+
+def _cool(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """scores [R, n, V] divided by the temperature, a number or [R]; at 1 they stay what they are."""
+    if isinstance(temperature, Tensor):
+        return scores.float() / temperature.float()[:, None, None]
+    return scores if temperature == 1 else scores.float() / temperature
 
 
 def _softmax(scores: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ MUTATIONS = [(family, mutation) for family, checks in CHECKS.items() for mutatio
 
 @pytest.mark.parametrize(("family", "mutation"), MUTATIONS, ids=[f"{f}-{m[0]}-{m[1]}" for f, m in MUTATIONS])
 def test_a_deliberate_bug_turns_a_check_red(family, mutation, tmp_path):
-    kernel, what, text, broken, check = mutation
+    kernel, _, text, broken, check = mutation
     module = import_module(f"accel.kernels.{family}.triton")
     source = Path(module.__file__).read_text(encoding="utf-8")
     function = inspect.getsource(getattr(module, kernel).fn)

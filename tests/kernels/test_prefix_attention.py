@@ -187,6 +187,25 @@ def test_masks_are_built_only_where_they_are_needed() -> None:
     assert tight.mask is not None and tight.mask[0, 0, 0].tolist() == [-math.inf] * 4 + [0.0] * 4
 
 
+def test_no_mask_is_built_before_it_is_read() -> None:
+    made = plan([9, 0], 4096, [0, 0], window=None, device=torch.device("cpu"), dtype=torch.float32)
+    assert "mask" not in vars(made)
+    assert made.starts == (9, 0) and made.first_query_positions == (9, 0) and made.tail_length == 4105
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    case = Case([0, 5, 19], 2)
+    query, keys, values, made = case.query, case.keys, case.values, case.plan
+    with pytest.raises(ValueError, match="H a multiple of Hkv"):
+        prefix_attention(query[:, :3], keys, values, made, scale=1.0)
+    with pytest.raises(ValueError, match=r"must be \[R, H, n, D\]"):
+        prefix_attention(query, keys, values[:, :, 1:], made, scale=1.0)
+    with pytest.raises(ValueError, match="make a plan for this step"):
+        prefix_attention(query[:, :, :1], keys, values, made, scale=1.0)
+    with pytest.raises(ValueError, match="softcap=0"):
+        prefix_attention(query, keys, values, made, scale=1.0, softcap=0.0)
+
+
 def test_the_comparison_can_fail() -> None:
     expected = Case([0, 5, 19], 3, segments=SEGMENTS["fork"]).expected()
     assert error(torch.zeros_like(expected), expected) > 0.9

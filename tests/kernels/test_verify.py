@@ -130,6 +130,44 @@ def test_token_mode_is_its_single_position_pieces(lenience, certain):
         assert (kept, draw(weights, float(uniforms[r, -1]))) == (verdict.n_accepted[r], verdict.next_token[r])
 
 
+@pytest.mark.parametrize("acceptance", ["token", "block"])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_temperature_divides_the_scores_of_target_and_draft(acceptance, per_row):
+    scores, tokens, lengths, q, uniforms = case(300, 4, 9, 17, mask=0.2)
+    draft_scores = q.log() * 3
+    degrees = torch.linspace(0.2, 4, 300) if per_row else torch.full((300,), 0.6)
+    divided = [(x.double() / degrees[:, None, None]).float() for x in (scores, draft_scores)]
+    expected = verify(divided[0], tokens, lengths, q=divided[1].softmax(-1), uniforms=uniforms, acceptance=acceptance)
+    given = {"temperature": degrees if per_row else 0.6, "uniforms": uniforms, "acceptance": acceptance}
+    verdict = verify(scores, tokens, lengths, draft_scores=draft_scores, **given)
+    # a division in fp32 may tip a comparison that is a tie but for rounding
+    assert (verdict.n_accepted == expected.n_accepted).double().mean() > 0.99
+    assert (verdict.next_token == expected.next_token).double().mean() > 0.99
+    assert not torch.equal(verdict.n_accepted, verify(scores, tokens, lengths, q=q, uniforms=uniforms).n_accepted)
+
+
+def test_draft_scores_are_the_logarithm_of_q():
+    scores, tokens, lengths, q, uniforms = case(300, 4, 9, 18)
+    for draft_scores in (q.log(), q.log() + 5.0):
+        by_scores = verify(scores, tokens, lengths, draft_scores=draft_scores, uniforms=uniforms)
+        by_q = verify(scores, tokens, lengths, q=draft_scores.softmax(-1), uniforms=uniforms)
+        assert torch.equal(by_scores.n_accepted, by_q.n_accepted)
+        assert torch.equal(by_scores.next_token, by_q.next_token)
+
+
+def test_an_argmax_does_not_feel_the_temperature_but_lenience_does():
+    p = torch.tensor([0.5, 0.35, 0.15])
+    arguments = (torch.stack([p, p.flip(0)]).log()[None], torch.tensor([[1]]), torch.tensor([1]))
+    for degrees, kept in ((0.5, 0), (1.0, 0), (4.0, 1)):
+        # p_1 / p_0 is 0.7 to the power 1/t: 0.49, 0.7 and 0.915 against ε = 0.8
+        verdict = verify(*arguments, greedy=True, lenience=("lin", 0.8), temperature=degrees)
+        assert (int(verdict.n_accepted), int(verdict.next_token)) == (kept, 2 if kept else 0)
+        assert int(verify(*arguments, greedy=True, temperature=degrees).n_accepted) == 0
+    scores = torch.tensor([[[1.0, 1.0 + 2**-23]]])  # two scores that division makes one
+    nothing = torch.zeros(1, 0).long(), torch.tensor([0])
+    assert int(verify(scores, *nothing, greedy=True, temperature=3.0).next_token) == 1
+
+
 # -- rows, padding, ends
 
 
@@ -304,6 +342,12 @@ def test_epsilon_one_is_lossless(rule):
         ({"lengths": torch.tensor([1, 4])}, r"lengths=\[1, 4\].*K=3"),
         ({"lengths": torch.tensor([1])}, r"lengths is int64 \[1\]"),
         ({"q": torch.zeros(2, 3, 6)}, r"q is float32 \[2, 3, 6\].*\[2, 3, 5\]"),
+        ({"draft_scores": torch.zeros(2, 3, 6)}, r"draft_scores is float32 \[2, 3, 6\].*\[2, 3, 5\]"),
+        ({"draft_scores": torch.zeros(2, 3, 5), "q": torch.zeros(2, 3, 5)}, "q and draft_scores are both given"),
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0.*greedy=True"),
+        ({"temperature": float("nan")}, "temperature=nan: must be above 0"),
+        ({"temperature": torch.ones(3)}, r"temperature is float32 \[3\].*\[R\] = \[2\]"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, r"temperature=\[1.0, -1.0\]: each must be above 0"),
         ({"uniforms": None}, r"uniforms=None.*greedy=True"),
         ({"uniforms": torch.zeros(2, 4)}, "uniforms is float32"),
         ({"uniforms": torch.ones(2, 4).double()}, r"outside \[0, 1\)"),

@@ -13,7 +13,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def rms_ratio(actual: Tensor, expected: Tensor) -> float:
-    """RMS of the error over RMS of the expected values, in fp64; infinite where anything is NaN or an infinity is off."""
+    """RMS of the error over RMS of the expected values, in fp64; infinite where a value is NaN or wrongly infinite."""
     assert actual.shape == expected.shape, f"shape {list(actual.shape)}, expected {list(expected.shape)}"
     a, e = actual.detach().double().cpu(), expected.detach().double().cpu()
     infinite = e.isinf()
