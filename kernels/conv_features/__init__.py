@@ -149,8 +149,8 @@ def _check(
             raise ValueError(f"activation={activation!r} comes after the conv: give taps, or activation=None")
     elif not q_taps.shape == k_taps.shape == (H, D, TAPS):
         raise ValueError(
-            f"q_taps is {list(q_taps.shape)}, k_taps {list(k_taps.shape)}: must be [H, D, W] = [{H}, {D}, {TAPS}] both; "
-            "a narrower conv has zeros in front"
+            f"q_taps is {list(q_taps.shape)}, k_taps {list(k_taps.shape)}: must be [H, D, W] = [{H}, {D}, {TAPS}] "
+            "both; a narrower conv has zeros in front"
         )
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r}: choose one of {', '.join(map(repr, ACTIVATIONS))}")

@@ -198,13 +198,14 @@ def _next_state(
         p_x += i_n * tl.where(is_k, stride_kb, stride_qb)
     for slot in tl.static_range(W - 1):
         token = end - (W - 1) + slot
-        read = token >= start
+        read = m_d & (token >= start)
         if p_mask is not None:
             p_pad = p_mask + token
             if p_starts is None:
                 p_pad += i_n * T
-            read = read & (tl.load(p_pad, mask=read, other=0) != 0)
-        x = tl.load(p_x + token * stride_t + o_d, mask=m_d & read, other=0.0)
+            # one byte for all channels
+            read = read & (tl.load(p_pad + 0 * o_d, mask=read, other=0) != 0)
+        x = tl.load(p_x + token * stride_t + o_d, mask=read, other=0.0)
         if p_q_state is not None:
             # a piece shorter than the memory: part of the old memory stays
             left = token - start + W - 1

@@ -89,9 +89,10 @@ def _slab(
         # Row j of k is decayed up to row i, a step at a time: no quotient, no difference of large sums. After the
         # last row it is what the state takes.
         for i in range(C):
-            there = m_k & (i < n_rows)
-            g_i = tl.load(p_g + i * g_t + o_k, mask=there, other=0.0)
-            q_i = tl.load(p_q + i * q_t + o_k, mask=there & (i >= n_unasked), other=0.0).to(tl.float32) * scale
+            m_g = o_k < tl.where(i < n_rows, K, 0)
+            m_qi = o_k < tl.where((i < n_rows) & (i >= n_unasked), K, 0)
+            g_i = tl.load(p_g + i * g_t + o_k, mask=m_g, other=0.0)
+            q_i = tl.load(p_q + i * q_t + o_k, mask=m_qi, other=0.0).to(tl.float32) * scale
             a_i = tl.exp2(tl.maximum(g_i, min_log_decay) * LOG2E)
             k = tl.where(o_c[:, None] < i, k * a_i[None, :], k)
             weight = tl.where(o_c <= i, tl.sum(k * q_i[None, :], 1), 0.0)
@@ -112,7 +113,7 @@ def _slab(
 
 @triton.jit
 def _load_state(p_s, p_z, o_k, o_v, K, V, wanted):
-    m_k = (o_k < K) & (wanted != 0)
+    m_k = o_k < tl.where(wanted != 0, K, 0)
     s = tl.load(p_s + o_k[:, None] * V + o_v[None, :], mask=m_k[:, None] & (o_v < V)[None, :], other=0.0)
     return s, tl.load(p_z + o_k, mask=m_k, other=0.0)
 
@@ -122,7 +123,8 @@ def _store_state(p_s, p_z, o_k, o_v, K, V, s, z):
     m_k = o_k < K
     tl.store(p_s + o_k[:, None] * V + o_v[None, :], s, mask=m_k[:, None] & (o_v < V)[None, :])
     # one tile of values writes z
-    tl.store(p_z + o_k, z, mask=m_k & (tl.min(o_v, 0) == 0))
+    if tl.min(o_v, 0) == 0:
+        tl.store(p_z + o_k, z, mask=m_k)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -197,7 +199,8 @@ def _outputs(
         out = (num / tl.where(normalize != 0, den + eps, 1.0)[:, None]).to(p_out.dtype.element_ty)
         asked = (o_c < n) & (o_c >= unasked)
         tl.store(p_out + o_c[:, None] * (H * V) + o_v[None, :], out, mask=asked[:, None] & (o_v < V)[None, :])
-        tl.store(p_den + o_c * H, den, mask=asked & (normalize == 0) & (i_v == 0))
+        if (normalize == 0) & (i_v == 0):
+            tl.store(p_den + o_c * H, den, mask=asked)
         p_q += C * q_t
         p_k += C * k_t
         p_v += C * v_t
@@ -267,7 +270,8 @@ def _states(
         p_g += C * g_t
 
     _store_state(p_s_end + at_state * K * V, p_z_end + at_state * K, o_k, o_v, K, V, s, z)
-    tl.store(p_decay + at_state * K + o_k, decay, mask=m_k & (i_v == 0) & (room == 0))
+    if (i_v == 0) & (room == 0):
+        tl.store(p_decay + at_state * K + o_k, decay, mask=m_k)
 
 
 @triton.jit(do_not_specialize=ANY)
@@ -281,12 +285,15 @@ def _prefixes(
     o_v = tl.program_id(2) * b_V + tl.arange(0, b_V)
     m_k = o_k < K
     m_s = m_k[:, None] & (o_v < V)[None, :]
-    m_z = m_k & (tl.program_id(2) == 0)
+    m_z = o_k < tl.where(tl.program_id(2) == 0, K, 0)
     begin, end, _ = _rows(p_rows, i_n, T, layout)
     at_state = i_n * H + i_h
     o_s = o_k[:, None] * V + o_v[None, :]
-    s = tl.load(p_s_initial + at_state * K * V + o_s, mask=m_s & (has_initial != 0), other=0.0)
-    z = tl.load(p_z_initial + at_state * K + o_k, mask=m_z & (has_initial != 0), other=0.0)
+    s = tl.zeros((b_K, b_V), tl.float32)
+    z = tl.zeros((b_K,), tl.float32)
+    if has_initial != 0:
+        s = tl.load(p_s_initial + at_state * K * V + o_s, mask=m_s, other=0.0)
+        z = tl.load(p_z_initial + at_state * K + o_k, mask=m_z, other=0.0)
     tl.store(p_s + at_state * K * V + o_s, s, mask=m_s)
     tl.store(p_z + at_state * K + o_k, z, mask=m_z)
     for _i in range(1, tl.minimum(n_segments, tl.cdiv(end - begin, size))):

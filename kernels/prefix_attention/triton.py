@@ -204,7 +204,7 @@ def tiles(dtype: torch.dtype, D: int, queries: int) -> Tiles:
     b_D = max(64, triton.next_power_of_2(D))
     if dtype == torch.float32:
         # no tensor cores
-        return Tiles(16 if b_D == 256 else 32, 32 if b_D == 64 else 16, b_D, True, 8, 2)
+        return Tiles(32 if b_D == 64 else 16, 16 if b_D == 256 else 32, b_D, True, 8, 2)
     if queries <= 16:
         return Tiles(16, 8192 // b_D, b_D, False, 4, 3)
     if b_D == 256:

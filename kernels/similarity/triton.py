@@ -27,20 +27,24 @@ NOTHING = tl.constexpr(-(2**63))
 
 
 class Tiles(NamedTuple):
-    """Queries of a program, rows and dimensions it reads at a time, warps."""
+    """Queries of a program, rows and dimensions it reads at a time, warps, and reads under way."""
 
     b_Q: int
     b_N: int
     b_D: int
     num_warps: int
+    num_stages: int
 
 
-def tiles(Q: int, element_size: int) -> Tiles:
+def tiles(Q: int, element_size: int, normalized: bool) -> Tiles:
     """The tiles for Q queries: one needs no matrix units; up to 16 share one reading of the store."""
     b_D = 32 if element_size == 4 else 64
     if Q == 1:
-        return Tiles(1, 128, b_D, 4)
-    return Tiles(16, 64 if element_size == 4 else 128, b_D, 8)
+        return Tiles(1, 128, b_D, 4, 3)
+    if element_size == 4:
+        # one more than two spills
+        return Tiles(16, 64, b_D, 8, 2 if normalized else 3)
+    return Tiles(16, 128, b_D, 8, 3)
 
 
 @triton.jit
@@ -170,7 +174,7 @@ def top_k(
     scores = torch.empty(Q, k, dtype=torch.float32, device=store.device)
     indices = torch.empty(Q, k, dtype=torch.int64, device=store.device)
     if Q:
-        t = tiles(Q, store.element_size())
+        t = tiles(Q, store.element_size(), normalized)
         b_K = _places(k)
         part_size = max(t.b_N, triton.cdiv(triton.cdiv(N, PARTS), t.b_N) * t.b_N)
         n_parts = triton.cdiv(N, part_size)
@@ -181,6 +185,7 @@ def top_k(
                     queries, store, inverse_norms, exclude, keys, queries.stride(0), store.stride(0),
                     N if exclude is not None and exclude.ndim == 2 else 0, Q, N, D, k, part_size, n_parts,
                     NORMALIZED=normalized, b_Q=t.b_Q, b_N=t.b_N, b_D=t.b_D, b_K=b_K, num_warps=t.num_warps,
+                    num_stages=t.num_stages,
                 )  # fmt: skip
             _join[(Q,)](keys, scores, indices, k, n_parts * k, b_key=KEYS, b_K=b_K, num_warps=4)
     return Neighbours(scores, indices)
@@ -194,9 +199,12 @@ def builds() -> Iterator[Build]:
     """Every configuration that ``top_k`` launches."""
     for dtype, size in (("bf16", 2), ("fp16", 2), ("fp32", 4)):
         for Q in (1, 16):
-            yield from (_part_build(dtype, tiles(Q, size), b_K, "cosine") for b_K in (8, 64))
+            for b_K in (8, 64):
+                for variant in ("cosine", "normalized"):
+                    yield _part_build(dtype, tiles(Q, size, variant == "normalized"), b_K, variant)
     for Q in (1, 16):
-        yield from (_part_build("bf16", tiles(Q, 2), 8, v) for v in ("normalized", "inverse norms", "exclude"))
+        for variant in ("inverse norms", "exclude"):
+            yield _part_build("bf16", tiles(Q, 2, False), 8, variant)
     for b_K in (8, 64):
         types = {"p_key": "*i64", "p_score": "*fp32", "p_index": "*i64", "k": "i32", "n_keys": "i32"}
         yield Build("similarity", _join, f"k≤{b_K}", types, {"b_key": KEYS, "b_K": b_K})
@@ -217,4 +225,4 @@ def _part_build(dtype: str, t: Tiles, b_K: int, variant: str) -> Build:
             types[name] = type_
     name = f"{dtype} {t.b_Q} queries k≤{b_K} {variant}"
     divisible = ("stride_q", "stride_n", "D", "part_size")
-    return Build("similarity", _part, name, types, constants, divisible, t.num_warps)
+    return Build("similarity", _part, name, types, constants, divisible, t.num_warps, t.num_stages)

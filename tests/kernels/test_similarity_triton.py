@@ -58,7 +58,7 @@ def test_fewer_rows_than_asked_for(N, k):
     check(kernels, 2, N, 5, k)
 
 
-@pytest.mark.parametrize("Q", [1, 3, 20])
+@pytest.mark.parametrize("Q", [1, 3, 17])
 def test_ties_go_to_the_lower_index(Q):
     check_ties(kernels, Q)
     check_ties(kernels, Q, normalized=True)
@@ -82,7 +82,7 @@ def test_several_tiles_in_a_part(Q, monkeypatch):
 
 
 def test_more_keys_than_the_join_takes_at_once():
-    assert 22_100 // 128 * 6 > kernels.KEYS
+    assert kernels.KEYS < 22_100 // 128 * 6
     check(kernels, 1, 22_100, 3, 6)
 
 
