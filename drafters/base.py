@@ -1,4 +1,4 @@
-"""What a drafter is: something that guesses a row's next tokens. Knows nothing of the target that checks them.
+"""What a drafter is: something that guesses a row's next tokens. Knows of the target that checks them by name only.
 
 Rows are named by the caller (any int). A drafter sees every final token exactly once, through ``open`` (the
 prompt) and ``observe`` (what the target kept), and must never assume that a proposal was accepted.
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
+
+from accel.axes import Target
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,21 @@ class Drafter(Protocol):
     def observe(self, row: int, tokens: Sequence[int]) -> None: ...
     def close(self, row: int) -> None: ...
     def state_bytes(self) -> int: ...
+
+
+@runtime_checkable
+class TargetReader(Protocol):
+    """A drafter that reads, besides tokens, what the target itself computes for a row.
+
+    ``listen`` comes before the target reads anything, ``follow`` behind ``open``: it says which row of the target
+    the drafter's row is.
+    """
+
+    def listen(self, target: Target) -> None: ...
+    def follow(self, row: int, target: Target, target_row: int) -> None: ...
+
+
+def target_readers(drafter: Drafter) -> list[TargetReader]:
+    """``drafter`` itself where it reads the target, and those of its ``parts`` that do, where it has any."""
+    own = [drafter] if isinstance(drafter, TargetReader) else []
+    return own + [reader for part in getattr(drafter, "parts", ()) for reader in target_readers(part)]

@@ -27,6 +27,7 @@ class CascadeDrafter:
         self.name = name
         self.first = first
         self.then = then
+        self.parts = (first, then)
         self.threshold = threshold
         self.free = first.free and then.free
 

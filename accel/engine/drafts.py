@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from accel.artifacts import Artifact, check_base, open_artifact, resolve
 from accel.drafters.base import Drafter
+from accel.drafters.eagle3 import Eagle3Drafter, is_head, load_head
 from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
 from accel.drafters.translated import TranslatedDrafter
 from accel.errors import ArtifactError, IncompatibleError
@@ -37,6 +38,12 @@ def drafter_from(
     if isinstance(given, str | Path):
         folder = Path(given)
         if (folder / "config.json").exists() and not (folder / "accel.json").exists():
+            if is_head(folder):
+                if draft_tokenizer is not None:
+                    raise IncompatibleError(
+                        f"draft_tokenizer= with the draft head {folder}: it needs none; leave it out"
+                    )
+                return Eagle3Drafter(load_head(folder, model), model)
             draft = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
             return drafter_from(draft.to(model.device).eval(), model, tokenizer, draft_tokenizer)
         given = open_artifact(resolve(given))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,19 @@ from transformers import PreTrainedModel
 from accel.errors import ModelError
 from accel.models.attention import supports_rows, using_rows
 from accel.models.row_cache import RowCache, Segment, Step
+
+
+class Tap(Protocol):
+    """Something that watches what the model computes on the way to its logits, and keeps some of it for each row."""
+
+    def listening(self, rows: Sequence[int]) -> AbstractContextManager[None]:
+        """Around a forward pass that adds tentative positions to ``rows``."""
+
+    def commit(self, rows: Sequence[int], keep: Sequence[int]) -> None:
+        """The first ``keep[r]`` tentative positions of each row stay, the others are gone."""
+
+    def fork(self, row: int, copies: Sequence[int]) -> None: ...
+    def close(self, rows: Sequence[int]) -> None: ...
 
 
 class SoftmaxTarget:
@@ -32,6 +46,7 @@ class SoftmaxTarget:
         self.vocab_size: int = config.vocab_size
         self.reads_rows = supports_rows(config)
         self.cache = RowCache(views=self.reads_rows)
+        self.taps: list[Tap] = []
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
@@ -46,12 +61,18 @@ class SoftmaxTarget:
         return self.cache.open(segments)
 
     def close(self, rows: Iterable[int]) -> None:
+        rows = list(rows)
         self.cache.close(rows)
+        for tap in self.taps:
+            tap.close(rows)
 
     def fork(self, row: int, copies: int) -> list[int]:
         """``copies`` new rows with the context of ``row``, which becomes a segment that all of them share."""
         self.cache.freeze(row)
-        return [self.cache.open(self.cache.rows[row].segments) for _ in range(copies)]
+        names = [self.cache.open(self.cache.rows[row].segments) for _ in range(copies)]
+        for tap in self.taps:
+            tap.fork(row, names)
+        return names
 
     def num_positions(self, row: int) -> int:
         """Position of the row's next token, behind everything committed."""
@@ -78,7 +99,11 @@ class SoftmaxTarget:
             # a slice is free where an index copies; decoding's one position needs neither
             last = list(keep) == [n - 1]
             inputs["logits_to_keep"] = 1 if last else torch.tensor(list(keep), device=tokens.device)
-        with using_rows(self.config) if self.reads_rows else nullcontext():
+        with ExitStack() as around:
+            if self.reads_rows:
+                around.enter_context(using_rows(self.config))
+            for tap in self.taps:
+                around.enter_context(tap.listening(rows))
             logits = self.model(**inputs).logits
         if keep is not None and not self._takes_logits_to_keep:
             logits = logits[:, list(keep)]
@@ -87,6 +112,8 @@ class SoftmaxTarget:
     def commit(self, keep: Sequence[int], rows: Sequence[int]) -> None:
         """Keep the first ``keep[r]`` tentative tokens of each row, drop the others."""
         self.cache.commit(rows, keep)
+        for tap in self.taps:
+            tap.commit(rows, keep)
 
     def _positions(self, step: Step) -> Tensor:
         first = torch.tensor(step.first_positions, device=self.device)

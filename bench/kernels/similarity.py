@@ -43,14 +43,19 @@ def _prepare(device: torch.device, dtype: torch.dtype, Q: int, N: int) -> Ready:
     )
 
     def check() -> list[Check]:
-        got, expected = kernels.top_k(queries, store, NEAREST), reference.top_k(queries.float(), store.float(), NEAREST)
+        got, expected = (
+            kernels.top_k(queries, store, NEAREST, normalized=True),
+            reference.top_k(queries.float(), store.float(), NEAREST, normalized=True),
+        )
         return [
-            c.equal("index", got.index, expected.index, MAY_DIFFER if dtype == torch.float32 else 0.1),
-            c.close("score", got.score, expected.score, c.tolerance(dtype)),
+            c.equal("index", got.indices, expected.indices, MAY_DIFFER if dtype == torch.float32 else 0.1),
+            c.close("score", got.scores, expected.scores, c.tolerance(dtype)),
         ]
 
     def full() -> tuple[Tensor, Tensor]:
         scores, index = (queries @ store.T).topk(NEAREST)
         return scores, index
 
-    return Ready(lambda: kernels.top_k(queries, store, NEAREST), check, {"torch full scores": Peer(full)})
+    return Ready(
+        lambda: kernels.top_k(queries, store, NEAREST, normalized=True), check, {"torch full scores": Peer(full)}
+    )

@@ -197,14 +197,14 @@ def _next_state(
     else:
         p_x += i_n * tl.where(is_k, stride_kb, stride_qb)
     for slot in tl.static_range(W - 1):
-        token = end - (W - 1) + slot
+        # the same token for all channels: a vector, as masks are
+        token = tl.zeros((b_D,), tl.int64) + (end - (W - 1) + slot)
         read = m_d & (token >= start)
         if p_mask is not None:
             p_pad = p_mask + token
             if p_starts is None:
                 p_pad += i_n * T
-            # one byte for all channels
-            read = read & (tl.load(p_pad + 0 * o_d, mask=read, other=0) != 0)
+            read = read & (tl.load(p_pad, mask=read, other=0) != 0)
         x = tl.load(p_x + token * stride_t + o_d, mask=read, other=0.0)
         if p_q_state is not None:
             # a piece shorter than the memory: part of the old memory stays

@@ -169,8 +169,7 @@ def builds() -> Iterator[Build]:
             "p_x": f"*{dtype}", "p_part": "*fp32", "p_token": "*i32", "stride_n": "i64", "V": "i32",
             "forbidden": "i32", "part_size": "i32", "n_parts": "i32",
         }  # fmt: skip
-        constants = {"b_V": TILE}
-        yield Build("unmask", _certainty_part, dtype, types, constants, divisible=("stride_n",), num_warps=8)
+        yield Build("unmask", _certainty_part, dtype, types, {"b_V": TILE}, divisible=("stride_n",), num_warps=8)
     types = {
         "p_part": "*fp32", "p_part_token": "*i32", "p_token": "*i64", "p_probability": "*fp32", "p_entropy": "*fp32",
         "n_parts": "i32",
@@ -179,7 +178,13 @@ def builds() -> Iterator[Build]:
     for rule, by_count, strict in (("top_k", True, False), ("≤", False, False), ("<", False, True)):
         for negate in (False, True):
             types = {"p_doubt": "*fp32", "p_masked": "*i8", "p_commit": "*i8", "L": "i32", "limit": "fp32"}
-            constants = {"NEGATE": negate, "BY_COUNT": by_count, "STRICT": strict, "b_L": RANKED, "b_R": RIVALS}
+            constants: dict[str, int | None] = {
+                "NEGATE": negate,
+                "BY_COUNT": by_count,
+                "STRICT": strict,
+                "b_L": RANKED,
+                "b_R": RIVALS,
+            }
             if by_count:
                 types["p_count"] = "*i64"
             else:

@@ -68,6 +68,12 @@ def test_a_draft_made_for_another_model_is_refused(tiny, tmp_path, target):
         accel.attach(tiny.build("llama", num_hidden_layers=3), artifact)
 
 
+def test_a_draft_head_takes_no_tokenizer_of_its_own(tmp_path, target):
+    (tmp_path / "config.json").write_text('{"speculators_model_type": "eagle3"}')
+    with pytest.raises(IncompatibleError, match=r"draft_tokenizer= with the draft head .* leave it out"):
+        accel.attach(target, tmp_path, tokenizer=object(), draft_tokenizer=object())
+
+
 def test_what_is_no_draft_is_refused(target):
     with pytest.raises(ArtifactError, match="int is no artifact"):
         accel.attach(target, 7)

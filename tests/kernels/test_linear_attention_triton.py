@@ -255,8 +255,8 @@ def check_bounded_replay(module):
 MUTATIONS = [
     ("_outputs", "a token does not see itself", "o_c[:, None] >= o_c[None, :]", "o_c[:, None] > o_c[None, :]",
      check_all),
-    ("_outputs", "not divided", "tl.where(normalize != 0, den + eps, 1.0)", "tl.where(normalize != 0, 1.0, 1.0)",
-     check_all),
+    ("_outputs", "not divided", "tl.where(normalize != 0, den + eps, 1.0)",
+     "tl.where(normalize != 0, den * 0.0 + 1.0, 1.0)", check_all),
     ("_outputs", "mask off by one", "asked = (o_c < n) &", "asked = (o_c < n - 1) &", check_all),
     ("_outputs", "wrong row stride", "p_v += C * v_t", "p_v += (C - 1) * v_t", check_all),
     ("_outputs", "new token decayed", "(o_c[:, None] < i, k * a_i", "(o_c[:, None] <= i, k * a_i", check_all),

@@ -32,7 +32,6 @@ def load(name: str, path: Path) -> ModuleType:
     return module
 
 
-FAMILIES = tuple(f for f in FAMILIES if Path(__file__).with_name(f"test_{f}_triton.py").exists())
 CHECKS = {f: load(f"checks_of_{f}", Path(__file__).with_name(f"test_{f}_triton.py")) for f in FAMILIES}
 MUTATIONS = [(family, mutation) for family, checks in CHECKS.items() for mutation in checks.MUTATIONS]
 

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from accel.axes import Target
-from accel.drafters.base import Ask, Draft, Drafter
+from accel.drafters.base import Ask, Draft, Drafter, target_readers
 from accel.errors import IncompatibleError
 from accel.kernels.verify import accept, draw, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
 from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength
 from accel.methods.speculative.options import SpeculativeOptions
+from accel.sampling import checked
 from accel.types import Emission, Request, Stats
 
 
@@ -70,6 +71,9 @@ class SpeculativeDecoder(RowDecoder):
         super().__init__(target, stats)
         self.options = options
         self.drafter = speculator.drafter
+        self.readers = target_readers(self.drafter)
+        for reader in self.readers:
+            reader.listen(target)
         self.length = speculator.length
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
@@ -82,6 +86,8 @@ class SpeculativeDecoder(RowDecoder):
     def on_admitted(self, rows: Sequence[LiveRow]) -> None:
         for live in rows:
             self.drafter.open(live.request.id, live.request.prompt.tolist(), live.request.seed)
+            for reader in self.readers:
+                reader.follow(live.request.id, self.target, live.row)
             self.length.open(live.request.id)
 
     def on_evicted(self, rows: Sequence[LiveRow]) -> None:
@@ -186,7 +192,7 @@ class SpeculativeDecoder(RowDecoder):
             acceptance=self._acceptance(has_q),
             lenience=self.options.lenience,
         )
-        counts, next_tokens = verdict.n_accepted.tolist(), verdict.next_token.tolist()
+        counts, next_tokens = verdict.n_accepted.tolist(), checked(verdict.next_token)
         return [_Verdict(counts[i], next_tokens[i], scores[i]) for i in range(len(members))]
 
     def _acceptance(self, has_q: bool) -> str:

@@ -1,0 +1,223 @@
+"""``accel distill``: options to a recipe, progress, and a report. Knows nothing of how anything is learned."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from accel.cli.common import DEFAULT_MODEL, Progress, emit, json_option
+from accel.errors import OptionError
+
+if TYPE_CHECKING:
+    from accel.artifacts import Artifact
+    from accel.methods.speculative.distill.plan import Prepared
+    from accel.methods.speculative.distill.recipe import Recipe
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+# widths to compare with the one that was asked for
+_WIDTHS = (192, 320, 576)
+
+
+def parse_bytes(text: str) -> int:
+    """``2GB``, ``500 MB``, ``1.5g`` or a plain number → bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if found is None:
+        raise OptionError(f"{text!r} is no size: write a number and a unit, as in 500MB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``0,29`` → ``(0, 29)``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise OptionError(f"layers={text!r}: give the target's layers by number, as in 0,29")
+    return tuple(int(part) for part in parts)
+
+
+@click.group("distill")
+def distill() -> None:
+    """Make artifacts for a model: learn from what it says."""
+
+
+@distill.command("draft")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option(
+    "--prompts",
+    "prompt_files",
+    multiple=True,
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="JSON lines with prompt, question, instruction (and input), turns, messages or text; repeatable.",
+)
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write.")
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Lessons and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
+)
+@click.option("--shape", metavar="LxH", help="Layers and width of the draft. [default: 1x576]")
+@click.option("--layers", metavar="A,B,…", help="Make the draft of these layers of MODEL instead.")
+@click.option("--start", default="target", show_default=True, help="First embeddings: target (projected) or random.")
+@click.option("--vocabulary", type=int, default=8192, show_default=True, help="Tokens that the draft can say.")
+@click.option(
+    "--data",
+    default="target",
+    show_default=True,
+    help="Who writes answers: target, fixed (the file), draft; a mix (target:0.5,draft:0.5); a change (target>draft).",
+)
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of written answers; 0 is greedy.")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Length limit of answers.")
+@click.option("--longest-prompt", type=int, default=512, show_default=True, help="Leave out prompts of more tokens.")
+@click.option("--k", type=int, default=32, show_default=True, help="Tokens of MODEL's distribution kept a position.")
+@click.option("--loss", default="lk", show_default=True, help="fkl, rkl, jsd, tvd, nla (−ln α) or lk (hybrid).")
+@click.option("--beta", type=float, default=0.5, show_default=True, help="Of jsd: between fkl's side and rkl's.")
+@click.option("--keep", type=float, default=1.0, show_default=True, help="Share of tokens to learn, as in AdaSPEC.")
+@click.option("--baseline", is_flag=True, help="Learn the next token alone: what an undistilled draft would be.")
+@click.option("--steps", type=int, default=1000, show_default=True, help="Training steps.")
+@click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens of a batch, with padding.")
+@click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="At its peak.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of answers, batches and first weights.")
+@click.option("--max-disk", default="2GB", show_default=True, help="Bound on lessons, checkpoints and artifact.")
+@click.option("--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32.")
+@click.option("--threads", type=int, help="CPU threads of torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show disk use and what drafts would cost here, and stop.")
+@json_option
+def draft(
+    model: str,
+    prompt_files: tuple[Path, ...],
+    output: Path | None,
+    work: Path | None,
+    shape: str | None,
+    layers: str | None,
+    max_disk: str,
+    weights: str,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    only_plan: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Make a draft model for MODEL from prompts like those that it will be asked.
+
+    MODEL answers the prompts; a small student learns its distribution at every position and is measured on prompts
+    that were held out. The result is an artifact for `accel generate -a` and `accel bench -a`. A run that was killed
+    goes on when it is called again.
+    """
+    if output is None and not only_plan:
+        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
+    if output is not None and output.exists() and not only_plan:
+        raise OptionError(f"{output} exists already: choose another folder")
+    # torch takes seconds to import: not for --help
+    import torch
+
+    from accel.methods.speculative.distill.plan import prepare
+    from accel.methods.speculative.distill.prompts import read
+    from accel.methods.speculative.distill.recipe import Recipe, distill_draft
+    from accel.models.loading import load_model
+
+    recipe = Recipe(
+        shape=shape,
+        layers=() if layers is None else parse_layers(layers),
+        max_bytes=parse_bytes(max_disk),
+        dtype=weights,
+        **choices,
+    )
+    prompts = read(prompt_files)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress() as progress:
+        progress("loading the model …")
+        target, tokenizer = load_model(model, device=device, dtype=dtype)
+        if tokenizer is None:
+            raise OptionError(f"{model} brings no tokenizer: prompts cannot be read without one")
+        prepared = prepare(target, tokenizer, prompts, recipe)
+        if only_plan:
+            progress("measuring candidate shapes …")
+            costs = _costs(target, recipe)
+            document = prepared.as_dict() | {"candidates": costs["candidates"], "verify": costs["verify"]}
+            progress("")
+            head = "predicted speed-up @ draft length, by rate of acceptance α:"
+            emit(document, f"{_plan_text(prepared)}\n\n{head}\n{costs['table']}", as_json=as_json)
+            return
+        assert output is not None
+        artifact = distill_draft(
+            target,
+            tokenizer,
+            prompts,
+            recipe,
+            work or output.with_name(output.name + ".work"),
+            output,
+            progress,
+            name=model,
+            command=shlex.join(["accel", *sys.argv[1:]]),
+            prepared=prepared,
+        )
+    document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": artifact.manifest.measured}
+    document["made"] = artifact.manifest.made
+    emit(document, _report(artifact, prepared), as_json=as_json)
+
+
+def _costs(target: Any, recipe: Recipe) -> dict[str, Any]:
+    """What the asked shape and a few others cost a token on this machine, in target steps."""
+    from dataclasses import asdict
+
+    from accel.methods.speculative.distill import cost
+    from accel.methods.speculative.distill.student import HEAD_SIZES, Shape
+
+    size = target.config.get_text_config(decoder=True)
+    asked = recipe.student_shape
+    widths = [width for width in _WIDTHS if width <= size.hidden_size] or [size.hidden_size]
+    shapes = [Shape.of(layers, width) for layers in (1, 2) for width in widths if width % HEAD_SIZES[-1] == 0]
+    if asked is not None and asked not in shapes:
+        shapes.insert(0, asked)
+    candidates = cost.measure(target, shapes, min(recipe.vocabulary, size.vocab_size))
+    # several positions cost a target more than one, on a CPU above all
+    verify = cost.measure_verify(target)
+    rows = [asdict(each) | {"shape": str(each.shape)} for each in candidates]
+    return {"candidates": rows, "verify": verify, "table": cost.table(candidates, verify=verify)}
+
+
+def _plan_text(prepared: Prepared) -> str:
+    disk = prepared.disk
+    lines = [
+        f"prompts: {len(prepared.kept.prompts)} to learn from, {len(prepared.held_out.prompts)} held out, "
+        f"{prepared.num_too_long} too long",
+        f"draft: {prepared.parameters / 1e6:.2f}M parameters",
+        f"disk: at most {_size(disk.total)} of the {_size(disk.max_bytes)} allowed",
+        *(f"  {folder}: {_size(size)}" for folder, size in disk.lessons.items()),
+        f"  checkpoints: {_size(disk.checkpoints)}",
+        f"  artifact: {_size(disk.artifact)}",
+    ]
+    if disk.wanted > disk.max_bytes:
+        lines.append(f"  all answers at full length would take {_size(disk.wanted)}: the last prompts may get none")
+    return "\n".join(lines)
+
+
+def _report(artifact: Artifact, prepared: Prepared) -> str:
+    measured = artifact.manifest.measured
+    lines = [
+        f"{artifact.path}: {prepared.parameters / 1e6:.2f}M parameters",
+        f"held out: {measured['held_out_prompts']} prompts; the draft can say {measured['coverage']:.1%} of the tokens",
+    ]
+    if prepared.num_too_long:
+        lines.append(f"left out: {prepared.num_too_long} prompts that were too long")
+    for kind, agreement in (("greedy", "top1"), ("sampled", "acceptance")):
+        found = measured[kind]
+        name = {"top1": "top-1 agreement", "acceptance": "α = 1 − TVD"}[agreement]
+        taus = ", ".join(f"{tau:.2f} at γ = {gamma}" for gamma, tau in found["block_efficiency"].items())
+        lines.append(f"{kind}: {name} {found[agreement]:.3f}; τ {taus}")
+    return "\n".join(lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

@@ -1,0 +1,1 @@
+"""How a draft artifact is made: data, a student, divergences, training, measures. See README.md beside the method."""

@@ -1,0 +1,69 @@
+"""Logits at chosen positions of a padded batch, without those of all the others.
+
+Knows a causal language model of transformers. Does not know lessons, vocabularies or losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_PROBE = 4
+
+
+class Scorer:
+    """A model's logits where they are wanted.
+
+    The head costs a small draft most of its time, and prompts need no logits: so it is applied to the chosen rows of
+    the hidden states. Models that do more than multiply at the end (soft caps, scales) are run whole.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.plain_head = _has_plain_head(model)
+
+    def __call__(self, tokens: Tensor, at: Tensor) -> Tensor:
+        """tokens [B, T], padded on the right; at [N], flat places row · T + column → logits fp32 [N, V]."""
+        if not self.plain_head:
+            return self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[at].float()
+        return self._head(self._hidden(tokens, at)).float()
+
+    @torch.no_grad()
+    def pieces(self, tokens: Tensor, at: Tensor, rows: int = 256) -> Iterator[Tensor]:
+        """The same without gradients, at most ``rows`` places at a time: a large vocabulary's logits fill memory."""
+        if not self.plain_head:
+            yield from self(tokens, at).split(rows)
+            return
+        for part in self._hidden(tokens, at).split(rows):
+            yield self._head(part).float()
+
+    def _hidden(self, tokens: Tensor, at: Tensor) -> Tensor:
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, D]
+        return hidden.flatten(0, 1)[at]
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()
+        return head(hidden)
+
+
+@torch.no_grad()
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether head(hidden states) are the logits; asked of the model itself, as every family names its own extras.
+
+    To the last bit: what a soft cap does to the small logits of a fresh student is no more than rounding.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        return False
+    training = model.training
+    tokens = torch.arange(_PROBE, device=model.device)[None] % len(head.weight)
+    try:
+        model.eval()
+        whole = model(input_ids=tokens, use_cache=False).logits
+        parts = head(model.base_model(input_ids=tokens, use_cache=False).last_hidden_state)
+    finally:
+        model.train(training)
+    return torch.equal(parts, whole)

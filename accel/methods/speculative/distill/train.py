@@ -1,0 +1,175 @@
+"""The training loop: a student, batches by number, a loss; resumable to the same losses, bit for bit.
+
+Knows ids of the draft's vocabulary alone. Does not know texts, where batches come from, or artifacts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from accel.errors import ModelError, OptionError, unknown_name
+from accel.methods.speculative.distill.checkpoint import Checkpoints, Log
+from accel.methods.speculative.distill.data import Batch
+from accel.methods.speculative.distill.forward import Scorer
+from accel.methods.speculative.distill.losses import LOSSES, Teacher, acceptance, pair, select
+from accel.methods.speculative.distill.losses import loss as divergence
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a student learns."""
+
+    steps: int = 1000
+    loss: str = "lk"
+    # of the losses that have one: where jsd stands between its two ends
+    beta: float = 0.5
+    # next-token loss on the same answers: what an undistilled draft would be
+    baseline: bool = False
+    # share of the answer tokens that are learned from, chosen with a reference draft; 1 is all of them
+    keep: float = 1.0
+    learning_rate: float = 1e-3
+    # shares: of the steps that the rate rises, and of the rate that is left at the end of the cosine
+    warmup: float = 0.05
+    floor: float = 0.05
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    checkpoint_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise OptionError(unknown_name("loss", self.loss, LOSSES))
+        for name in ("steps", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name}={getattr(self, name)}: must be 1 or more")
+        for name in ("learning_rate", "clip", "keep"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OptionError(f"{name}={getattr(self, name)}: must be a positive number")
+        for name in ("beta", "keep", "warmup", "floor", "weight_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise OptionError(f"{name}={getattr(self, name)}: must be from 0 to 1")
+        if self.baseline and self.keep < 1:
+            raise OptionError("baseline with keep < 1: tokens are chosen by what the target says, which it leaves out")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step: up linearly, then down along a cosine."""
+        rising = max(round(self.warmup * self.steps), 1)
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        late = (step - rising) / max(self.steps - rising, 1)
+        return self.learning_rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * late)))
+
+
+def train(
+    student: PreTrainedModel,
+    batches: Callable[[int], Batch],
+    how: Training,
+    folder: Path,
+    *,
+    made_from: Mapping[str, Any] | None = None,
+    reference: PreTrainedModel | None = None,
+    progress: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> list[dict[str, Any]]:
+    """Train ``student`` in place; one row a step: step, loss, acceptance, learning_rate, norm, tokens, seconds.
+
+    ``batches(step)`` gives a batch in draft ids (-1: a token that the draft cannot say). ``folder`` keeps checkpoints
+    and the log; a run that was killed goes on there, ``made_from`` being what must not have changed since.
+    ``reference``: a draft for the choice of tokens, needed where ``keep`` < 1.
+    """
+    if how.keep < 1 and reference is None:
+        raise OptionError(f"keep={how.keep}: choosing tokens needs a reference draft")
+    optimizer = torch.optim.AdamW(
+        _groups(student, how.weight_decay), lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=how.weight_decay
+    )
+    checkpoints = Checkpoints(folder, asdict(how) | dict(made_from or {}))
+    done = checkpoints.load(student, optimizer)
+    log = Log(folder, done)
+    scorer = Scorer(student)
+    judge = None if reference is None else Scorer(reference.eval())
+    student.train()
+    try:
+        for step in range(done, how.steps):
+            started = time.perf_counter()
+            row = _step(scorer, judge, optimizer, batches(step).to(student.device), how, step)
+            log.add({"step": step, **row, "seconds": round(time.perf_counter() - started, 4)})
+            if (step + 1) % how.checkpoint_every == 0 or step + 1 == how.steps:
+                checkpoints.save(step + 1, student, optimizer)
+            progress(log.rows[-1])
+    finally:
+        student.eval()
+    return log.rows
+
+
+def _step(
+    scorer: Scorer,
+    judge: Scorer | None,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    how: Training,
+    step: int,
+) -> dict[str, Any]:
+    for group in optimizer.param_groups:
+        group["lr"] = how.rate(step)
+    teacher = Teacher(batch.ids, batch.logp)
+    device = batch.tokens.device
+    # dropout's randomness belongs to the step, not to how many steps this process took
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(how.seed * 1_000_003 + step)
+        with _autocast(device):
+            logits = scorer(batch.tokens, batch.at)
+    pairing = pair(logits, teacher)
+    if how.baseline:
+        losses, kept = next_token(logits, batch.answer)
+    else:
+        losses = divergence(how.loss, pairing, beta=how.beta)
+        kept = torch.ones_like(losses, dtype=torch.bool)
+        if judge is not None and how.keep < 1:
+            with torch.no_grad(), _autocast(device):
+                easier = divergence(how.loss, pair(judge(batch.tokens, batch.at), teacher), beta=how.beta)
+            kept = select(losses.detach(), easier, how.keep)
+    mean = losses[kept].sum() / kept.sum().clamp(min=1)
+    value = float(mean.detach())
+    if not math.isfinite(value):
+        raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
+    optimizer.zero_grad(set_to_none=True)
+    mean.backward()
+    norm = torch.nn.utils.clip_grad_norm_(scorer.model.parameters(), how.clip)
+    optimizer.step()
+    with torch.no_grad():
+        agreement = float(acceptance(pairing).mean())
+    rate = optimizer.param_groups[0]["lr"]
+    figures = {"loss": value, "acceptance": agreement, "learning_rate": rate, "norm": float(norm)}
+    return figures | {"tokens": int(kept.sum())}
+
+
+def next_token(logits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross entropy [N] with the token that was written, and where it counts [N]: not where the draft cannot say it.
+
+    logits [N, V], answer int64 [N], -1 where the draft's vocabulary lacks the token
+    """
+    return F.cross_entropy(logits, answer, ignore_index=-1, reduction="none"), answer >= 0
+
+
+def _groups(student: PreTrainedModel, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, norms and biases do not."""
+    weights = [weight for weight in student.parameters() if weight.requires_grad]
+    return [
+        {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 on a GPU; a CPU computes in fp32, where autocast would cost more than it saves."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()

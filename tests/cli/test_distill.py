@@ -1,0 +1,142 @@
+"""`accel distill draft`: from a model folder and a file of prompts to an artifact, a plan, and one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import accel
+from accel.artifacts import open_artifact
+from accel.cli.distill import parse_bytes, parse_layers
+from accel.cli.main import main
+from accel.errors import OptionError
+
+SMALL = "--shape 1x32 --vocabulary 64 --max-new-tokens 8 --longest-prompt 24 --k 4 --steps 4 --batch-tokens 64".split()
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["distill", "draft", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a byte tokenizer, as transformers saves them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(["</s>", *alphabet])}, merges=[]))
+    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytewise.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    where = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(where)
+    tokenizer.save_pretrained(where)
+    return where
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    rows = [{"prompt": f"say {i}"} for i in range(9)] + [{"question": "x" * 40, "answer": "y"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def test_a_draft_is_made_reported_and_used(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    result = run(folder, "--prompts", prompts, "--output", tmp_path / "draft", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # progress is for terminals
+    for text in ("held out: 1 prompts", "left out: 1 prompts", "greedy: top-1 agreement 0.", "at γ = 7"):
+        assert text in result.stdout
+    artifact = open_artifact(tmp_path / "draft")
+    assert artifact.manifest.base.name == str(folder)
+    assert artifact.manifest.made["command"].startswith("accel ")
+    assert (tmp_path / "draft.work" / "training").is_dir()
+    model = accel.load(str(folder), [str(tmp_path / "draft")], drafter="lm", draft_length=2)
+    assert isinstance(model.generate("say 3", max_new_tokens=6), str)
+    assert model.stats.drafted_tokens > 0
+
+
+def test_the_report_as_json(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    given = ["--layers", "1", *SMALL[2:], "--data", "target>draft", "--loss", "jsd", "--weights", "float32", "--json"]
+    work = tmp_path / "elsewhere"
+    result = run(folder, "--prompts", prompts, "--output", tmp_path / "draft", "--work", work, *given)
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["artifact"] == str(tmp_path / "draft")
+    assert document["made"]["recipe"]["layers"] == [1] and document["made"]["recipe"]["data"] == "target>draft"
+    assert set(document["measured"]["sampled"]["block_efficiency"]) == {"1", "3", "5", "7"}
+    assert document["prompts"] + document["held_out"] == 9 and document["too_long"] == 1
+    assert work.is_dir() and not (tmp_path / "draft.work").exists()
+
+
+def test_the_plan_writes_nothing(folder: Path, prompts: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = run(folder, "--prompts", prompts, "--output", tmp_path / "draft", "--plan", *SMALL)
+    assert result.exit_code == 0, result.output
+    assert "8 to learn from, 1 held out, 1 too long" in result.stdout
+    assert "disk: at most" in result.stdout and "α=0.7" in result.stdout and "1x32x1x1x96" in result.stdout
+    assert sorted(tmp_path.iterdir()) == before
+    document = json.loads(run(folder, "--prompts", prompts, "--plan", "--json", *SMALL).stdout)
+    disk = document["disk"]
+    assert disk["total"] == sum(disk["lessons"].values()) + disk["checkpoints"] + disk["artifact"]
+    assert all(each["c"] > 0 for each in document["candidates"])
+
+
+def test_a_bound_that_will_be_reached_is_said_in_the_plan(folder: Path, prompts: Path) -> None:
+    disk = json.loads(run(folder, "--prompts", prompts, "--plan", "--json", *SMALL).stdout)["disk"]
+    result = run(folder, "--prompts", prompts, "--plan", *SMALL, "--max-disk", str(disk["total"] - 10))
+    assert "the last prompts may get none" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ([], "no --output"),
+        (["--output", "{tmp}"], "exists already: choose another folder"),
+        (["--plan", "--loss", "l2"], "unknown loss 'l2': choose from"),
+        (["--plan", "--data", "web"], "unknown data source 'web'"),
+        (["--plan", "--shape", "big"], "shape 'big'"),
+        (["--plan", "--shape", "1x32", "--layers", "0"], "give one of the two"),
+        (["--plan", "--layers", "first"], "layers='first'"),
+        (["--plan", "--layers", "7"], "choose one or more of the target's 0 to 1"),
+        (["--plan", "--max-disk", "much"], "'much' is no size"),
+        (["--plan", "--max-disk", "10"], "leaves nothing to learn from"),
+        (["--plan", "--longest-prompt", "400"], "the model has 128 positions for both"),
+        (["--plan", "--prompts", "{tmp}/none.jsonl"], "cannot read prompts from"),
+        (["--plan", "--weights", "int4"], "unknown dtype 'int4'"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, prompts: Path, tmp_path: Path, given: list[str], says: str) -> None:
+    given = [each.replace("{tmp}", str(tmp_path)) for each in given]
+    small = [] if "--layers" in given or "--shape" in given else SMALL[:2]
+    lengths = SMALL[2:6] if "--longest-prompt" in given else SMALL[2:]
+    result = run(folder, "--prompts", prompts, *small, *lengths, *given)
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and says in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_sizes_and_layers() -> None:
+    sizes = {"2GB": 2 * 10**9, "500 mb": 5 * 10**8, "1.5k": 1500, "77": 77}
+    assert {text: parse_bytes(text) for text in sizes} == sizes
+    assert parse_layers("0, 29") == (0, 29)
+    for parse, text in ((parse_bytes, "-2GB"), (parse_bytes, ""), (parse_layers, "-1"), (parse_layers, "")):
+        with pytest.raises(OptionError):
+            parse(text)
