@@ -55,7 +55,7 @@ class StepTiles(NamedTuple):
 def step_tiles(D: int, f: int, element_size: int) -> StepTiles:
     """The tiles of the step for heads of D channels and f features."""
     size, b_f = next((size, b_f) for size, b_f in SIZES.items() if size >= D and b_f >= f)
-    b_D = 16 if element_size == 4 else 32
+    b_D = 16 if element_size == 4 and size == 256 else 32
     return StepTiles(b_D, size // b_D, b_f)
 
 
