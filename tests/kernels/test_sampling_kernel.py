@@ -180,7 +180,7 @@ def test_draws_follow_the_distribution(settings):
 
 
 def test_draws_from_a_nucleus_follow_its_distribution():
-    N = 20_000
+    N = 100_000
     logits = torch.tensor([0.3, 1.0, -1.0, 0.0, 2.0, -3.0])
     token = sample(
         logits.expand(N, 6), Settings(top_p=0.8), seeds=torch.arange(N), positions=torch.zeros(N).long()
