@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accel.kernels.common import kind
 from accel.kernels.device import runs_triton
 from accel.kernels.sampling import reference
 from accel.kernels.sampling.reference import Sampled
@@ -51,12 +52,12 @@ def sample(
     """
     settings = settings or PLAIN
     if logits.ndim != 2 or not logits.shape[1] or not logits.is_floating_point():
-        raise ValueError(f"logits is {_kind(logits)}: it must be floating point [R, V] with V ≥ 1")
+        raise ValueError(f"logits is {kind(logits)}: it must be floating point [R, V] with V ≥ 1")
     R, V = logits.shape
     if settings.penalises and counts is None:
         raise ValueError("counts=None: penalties need counts int32 [R, V]; make them with count_tokens")
     if counts is not None and (counts.shape != (R, V) or counts.dtype != torch.int32 or counts.device != logits.device):
-        raise ValueError(f"counts is {_kind(counts)}: it must be int32 [R, V] = [{R}, {V}] on {logits.device}")
+        raise ValueError(f"counts is {kind(counts)}: it must be int32 [R, V] = [{R}, {V}] on {logits.device}")
     if not 0 <= top_logprobs <= min(MAX_TOP, V):
         raise ValueError(f"top_logprobs={top_logprobs}: must be in 0..{min(MAX_TOP, V)}")
     if logprobs_of not in ("processed", "raw"):
@@ -86,7 +87,7 @@ def uniforms(seeds: Tensor, positions: Tensor, count: int = 1) -> Tensor:
     """
     for name, x in (("seeds", seeds), ("positions", positions)):
         if x.shape != seeds.shape or x.ndim != 1 or x.dtype != torch.int64 or x.device != seeds.device:
-            raise ValueError(f"{name} is {_kind(x)}: seeds and positions must be int64 [R] on one device")
+            raise ValueError(f"{name} is {kind(x)}: seeds and positions must be int64 [R] on one device")
     if count < 1:
         raise ValueError(f"count={count}: must be ≥ 1")
     if runs_triton(seeds):
@@ -104,7 +105,7 @@ def count_tokens(history: Tensor, lengths: Tensor, V: int) -> Tensor:
     Ids of V and above are not counted. A step later, add 1 at the new tokens instead of counting again.
     """
     if history.ndim != 2 or lengths.shape != history.shape[:1]:
-        raise ValueError(f"history is {_kind(history)}, lengths {_kind(lengths)}: they must be [R, L] and [R]")
+        raise ValueError(f"history is {kind(history)}, lengths {kind(lengths)}: they must be [R, L] and [R]")
     counted = torch.arange(history.shape[1], device=history.device) < lengths[:, None]
     counted &= (history >= 0) & (history < V)
     counts = torch.zeros(len(history), V, dtype=torch.int32, device=history.device)
@@ -118,10 +119,6 @@ _uniforms = uniforms
 def _check_uniforms(uniforms: Tensor, logits: Tensor) -> None:
     R = len(logits)
     if uniforms.shape != (R,) or uniforms.dtype != torch.float64 or uniforms.device != logits.device:
-        raise ValueError(f"uniforms is {_kind(uniforms)}: it must be float64 [R] = [{R}] on {logits.device}")
+        raise ValueError(f"uniforms is {kind(uniforms)}: it must be float64 [R] = [{R}] on {logits.device}")
     if not uniforms.is_cuda and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
         raise ValueError("uniforms holds values outside [0, 1): draw them with torch.rand(..., dtype=float64)")
-
-
-def _kind(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

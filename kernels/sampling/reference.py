@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accel.kernels.common import first_argmax
 from accel.kernels.sampling.settings import (
     FREQUENCY,
     GREEDY,
@@ -61,10 +62,10 @@ def sample(
     kept = _kept(x, share, table) if settings.truncates else None
     if kept is not None:
         share *= kept
-    token = _argmax(x) if uniforms is None else _draw(_weight(share), uniforms)
+    token = first_argmax(x) if uniforms is None else _draw(_weight(share), uniforms)
     greedy = table[:, GREEDY] > 0
     if uniforms is not None and bool(greedy.any()):
-        token = torch.where(greedy, _argmax(x), token)
+        token = torch.where(greedy, first_argmax(x), token)
 
     scale, total = table[:, SCALE, None], share.sum(-1, keepdim=True)
     if logprobs_of == "raw":
@@ -133,13 +134,6 @@ def _draw(weight: Tensor, u: Tensor) -> Tensor:
     # a whole number exceeds y where it exceeds ⌊y⌋; the product may round up to the total
     passed = torch.minimum((u[:, None] * total.double()).long(), total - 1)
     return torch.searchsorted(cumulated, passed, right=True)[:, 0]
-
-
-def _argmax(x: Tensor) -> Tensor:
-    """x [R, V] → int64 [R], the maximum's first index. torch promises no order and is slow on the CPU; numpy is not."""
-    if x.device.type == "cpu":
-        return torch.from_numpy(x.detach().numpy().argmax(-1))
-    return (x == x.amax(-1, keepdim=True)).int().argmax(-1)
 
 
 def _largest(x: Tensor, n: int) -> Tensor:

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accel.kernels.common import first_argmax
+
 RULES = ("entropy", "confidence", "top_k", "top_k_entropy")
 
 
@@ -23,18 +25,13 @@ def certainty(logits: Tensor, *, forbidden: int | None = None) -> Certainty:
     x = logits.to(torch.float32, copy=True)
     if forbidden is not None:
         x[..., forbidden] = -torch.inf
-    best, token = x.max(-1, keepdim=True)
+    token = first_argmax(x)
+    best = x.gather(-1, token[..., None])
     # torch's own softmax adds a vocabulary of 150,000 up one by one on the CPU, which costs two digits of fp32
     log_p = x - best - (x - best).exp().sum(-1, keepdim=True).log()
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, p).sum(-1)
-    return Certainty(_first(x, token[..., 0]), p.gather(-1, token)[..., 0], entropy)
-
-
-def _first(x: Tensor, found: Tensor) -> Tensor:
-    """torch does not promise which of several equal maxima it names: the first index of the value at ``found``."""
-    ties = x == x.gather(-1, found[..., None])
-    return torch.where(ties.any(-1), ties.int().argmax(-1), found)
+    return Certainty(token, p.gather(-1, token[..., None])[..., 0], entropy)
 
 
 def commit(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from accel.kernels.common import kind
 from accel.kernels.device import runs_triton
 from accel.kernels.verify import reference
 from accel.kernels.verify.reference import Lenience, Verdict, accept, draw, f, residual
@@ -77,17 +78,17 @@ def verify(
 
 def _check_shapes(scores: Tensor, tokens: Tensor, lengths: Tensor, q: Tensor | None, uniforms: Tensor | None) -> None:
     if scores.ndim != 3 or scores.shape[1] < 1 or scores.shape[2] < 1 or not scores.is_floating_point():
-        raise ValueError(f"scores is {_kind(scores)}: it must be floating point [R, K+1, V] with K ≥ 0 and V ≥ 1")
+        raise ValueError(f"scores is {kind(scores)}: it must be floating point [R, K+1, V] with K ≥ 0 and V ≥ 1")
     R, K, V = scores.shape[0], scores.shape[1] - 1, scores.shape[2]
     given = f"for scores [{R}, {K + 1}, {V}] it must be"
     if tokens.shape != (R, K) or tokens.dtype != torch.int64:
-        raise ValueError(f"tokens is {_kind(tokens)}: {given} int64 [R, K] = [{R}, {K}]")
+        raise ValueError(f"tokens is {kind(tokens)}: {given} int64 [R, K] = [{R}, {K}]")
     if lengths.shape != (R,) or lengths.dtype != torch.int64:
-        raise ValueError(f"lengths is {_kind(lengths)}: {given} int64 [R] = [{R}]")
+        raise ValueError(f"lengths is {kind(lengths)}: {given} int64 [R] = [{R}]")
     if q is not None and (q.shape != (R, K, V) or not q.is_floating_point() or q.device != scores.device):
-        raise ValueError(f"q is {_kind(q)}: {given} floating point [R, K, V] = [{R}, {K}, {V}] on {scores.device}")
+        raise ValueError(f"q is {kind(q)}: {given} floating point [R, K, V] = [{R}, {K}, {V}] on {scores.device}")
     if uniforms is not None and (uniforms.shape != (R, K + 1) or uniforms.dtype != torch.float64):
-        raise ValueError(f"uniforms is {_kind(uniforms)}: {given} float64 [R, K+1] = [{R}, {K + 1}]")
+        raise ValueError(f"uniforms is {kind(uniforms)}: {given} float64 [R, K+1] = [{R}, {K + 1}]")
 
 
 def _check_draft(scores: Tensor, q: Tensor | None, draft_scores: Tensor | None, temperature: float | Tensor) -> None:
@@ -97,10 +98,10 @@ def _check_draft(scores: Tensor, q: Tensor | None, draft_scores: Tensor | None, 
         raise ValueError("q and draft_scores are both given: pass the one the draft was sampled by")
     if x is not None and (x.shape != (R, K, V) or not x.is_floating_point() or x.device != scores.device):
         wanted = f"floating point [R, K, V] = [{R}, {K}, {V}] on {scores.device}"
-        raise ValueError(f"draft_scores is {_kind(x)}: for scores [{R}, {K + 1}, {V}] it must be {wanted}")
+        raise ValueError(f"draft_scores is {kind(x)}: for scores [{R}, {K + 1}, {V}] it must be {wanted}")
     if isinstance(temperature, Tensor):
         if temperature.shape != (R,) or not temperature.is_floating_point():
-            raise ValueError(f"temperature is {_kind(temperature)}: give a number or floating point [R] = [{R}]")
+            raise ValueError(f"temperature is {kind(temperature)}: give a number or floating point [R] = [{R}]")
     elif not 0 < temperature < torch.inf:
         raise ValueError(f"temperature={temperature}: must be above 0 and finite; use greedy=True for the argmax")
 
@@ -132,7 +133,3 @@ def _check_values(
         used = torch.cat([drafted, drafted.new_ones(len(drafted), 1)], 1)
         if not bool((((uniforms >= 0) & (uniforms < 1)) | ~used).all()):
             raise ValueError("uniforms holds values outside [0, 1): draw them with torch.rand(..., dtype=float64)")
-
-
-def _kind(x: Tensor) -> str:
-    return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)} on {x.device}"

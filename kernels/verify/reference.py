@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from accel.kernels.common import first_argmax
+
 # rule and ε of DistillSpec's lossy acceptance (Zhou et al. 2024, arXiv 2310.08461)
 Lenience = tuple[str, float]
 
@@ -89,7 +91,7 @@ def draw(weights: Tensor, u: float) -> int:
 def _verify_greedy(
     scores: Tensor, tokens: Tensor, lengths: Tensor, temperature: float | Tensor, lenience: Lenience | None
 ) -> Verdict:
-    best = _argmax(scores)  # [R, K+1]
+    best = first_argmax(scores)  # [R, K+1]
     K = tokens.shape[1]
     drafted = torch.arange(K, device=scores.device) < lengths[:, None]
     kept = tokens == best[:, :K]
@@ -234,10 +236,3 @@ def _softmax(scores: Tensor) -> Tensor:
 def _at(x: Tensor, i: int, rows: Tensor) -> Tensor:
     """Position i of the given rows, [R, n, V] → [r, V]; a copy costs as much as a softmax, so none for all rows."""
     return x[:, i] if len(rows) == len(x) else x[rows, i]
-
-
-def _argmax(scores: Tensor) -> Tensor:
-    """The first index of the maximum. torch looks for it one value at a time on CPU, numpy by vectors: 12x faster."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(scores.detach().float().numpy().argmax(-1))
-    return scores.argmax(-1)
