@@ -37,7 +37,8 @@ class Ask:
     ``max_tokens`` bounds the guess. ``sample`` asks for tokens drawn from the drafter's distribution (with
     ``probs``) where it has one; ``warp`` [n, V] → [n, V] applies the row's own temperature and truncation to the
     drafter's logits. ``keep_going(confidences) -> bool`` is asked after each token by drafters whose tokens cost
-    something: False ends the row's draft early.
+    something: False ends the row's draft early. ``free_only``: of a drafter with several parts, only those whose
+    tokens cost nothing are to be asked.
     """
 
     row: int
@@ -45,6 +46,7 @@ class Ask:
     sample: bool = False
     warp: Callable[[Tensor], Tensor] | None = None
     keep_going: Callable[[Sequence[float]], bool] | None = None
+    free_only: bool = False
 
 
 @runtime_checkable
@@ -72,6 +74,12 @@ class TargetReader(Protocol):
 
     def listen(self, target: Target) -> None: ...
     def follow(self, row: int, target: Target, target_row: int) -> None: ...
+
+
+def leaves(drafter: Drafter) -> list[Drafter]:
+    """Who really drafts: ``drafter`` itself, or those of its ``parts`` where it has any."""
+    parts = getattr(drafter, "parts", ())
+    return [leaf for part in parts for leaf in leaves(part)] if parts else [drafter]
 
 
 def target_readers(drafter: Drafter) -> list[TargetReader]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from accel.drafters.base import Ask, Draft, Drafter
+from accel.drafters.base import Ask, Draft, Drafter, leaves
 from accel.errors import OptionError
 
 
@@ -42,7 +42,7 @@ class CascadeDrafter:
 
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         drafts = [_signed(draft, self.first) for draft in self.first.propose(asks)]
-        unsure = [i for i, draft in enumerate(drafts) if not self._confident(draft)]
+        unsure = [i for i, draft in enumerate(drafts) if not self._confident(draft) and self._may_ask(asks[i])]
         if unsure:
             for i, draft in zip(unsure, self.then.propose([asks[i] for i in unsure]), strict=True):
                 if draft.tokens:
@@ -61,6 +61,10 @@ class CascadeDrafter:
 
     def state_bytes(self) -> int:
         return self.first.state_bytes() + self.then.state_bytes()
+
+    def _may_ask(self, ask: Ask) -> bool:
+        """Whether ``then`` may be asked; a cascade in its place decides for its own parts."""
+        return not ask.free_only or any(leaf.free for leaf in leaves(self.then))
 
     def _confident(self, draft: Draft) -> bool:
         return bool(draft.tokens and draft.confidence) and draft.confidence[0] >= self.threshold

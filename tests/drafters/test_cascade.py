@@ -52,6 +52,16 @@ def test_rows_go_to_the_first_where_it_is_confident_and_to_the_second_otherwise(
     assert then.calls == [("propose", [3, 2])]
 
 
+def test_a_second_that_costs_something_is_not_asked_by_rows_that_want_free_guesses_only():
+    first, then = Stub("a", {1: ([10], 0.1), 2: ([20], 0.1)}), Stub("b", {1: ([11], 0.3), 2: ([21], 0.3)}, free=False)
+    asks = [Ask(1, 4, free_only=True), Ask(2, 4)]
+    assert [draft.tokens for draft in CascadeDrafter(first, then).propose(asks)] == [[10], [21]]
+    nested = CascadeDrafter(Stub("c"), CascadeDrafter(first, then))
+    assert [draft.source for draft in nested.propose(asks)] == ["a", "b"]
+    free = Stub("b", {1: ([11], 0.3)})
+    assert CascadeDrafter(first, free).propose(asks[:1])[0].tokens == [11]
+
+
 def test_the_second_is_not_asked_when_every_row_is_settled():
     first, then = Stub("a", {1: ([10], 0.9)}), Stub("b")
     CascadeDrafter(first, then).propose([Ask(1, 4)])

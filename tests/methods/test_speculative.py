@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from accel.drafters.base import Ask, Draft
+from accel.drafters.base import Ask, Draft, Drafter
+from accel.drafters.cascade import CascadeDrafter
 from accel.errors import IncompatibleError
 from accel.methods.plain.decoder import PlainDecoder, PlainOptions
 from accel.methods.speculative.decoder import SpeculativeDecoder, Speculator
-from accel.methods.speculative.draft_length import AdaptiveLength
+from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength
 from accel.methods.speculative.options import SpeculativeOptions
 from accel.sampling import LogitsPipeline
 from accel.types import Emission, Request, Stats
@@ -85,10 +86,8 @@ Guess = Callable[[list[int], int], Draft]
 
 
 class ScriptedDrafter:
-    name, free = "scripted", True
-
-    def __init__(self, guess: Guess) -> None:
-        self.guess = guess
+    def __init__(self, guess: Guess, name: str = "scripted", free: bool = True) -> None:
+        self.guess, self.name, self.free = guess, name, free
         self.seen: dict[int, list[int]] = {}
         self.closed: dict[int, list[int]] = {}
         self.asks: list[Ask] = []
@@ -120,14 +119,14 @@ def greedy(prefix: Sequence[int], count: int) -> list[int]:
     return tokens
 
 
-def right_for(count: int, length: int) -> Guess:
+def right_for(count: int, length: int, confidence: float = 0.9) -> Guess:
     """Guesses ``length`` tokens of which the first ``count`` are what greedy decoding says."""
 
     def guess(seen: list[int], most: int) -> Draft:
         tokens = greedy(seen, length + 1)
         tokens[count:] = [(t + 1) % VOCAB for t in tokens[count:]]
         n = min(length, most)
-        return Draft(tokens[:n], confidence=[0.9] * n)
+        return Draft(tokens[:n], confidence=[confidence] * n)
 
     return guess
 
@@ -140,9 +139,9 @@ def request(id: int, prompt: Sequence[int] = (1, 2, 3), new: int = 20, **kwargs)
 class Setup:
     """A decoder with everything scripted around it, run to the requests' length."""
 
-    def __init__(self, guess: Guess, *, max_positions: int | None = None, **options) -> None:
+    def __init__(self, guess: Guess | Drafter, *, max_positions: int | None = None, **options) -> None:
         self.target = ScriptedTarget(max_positions)
-        self.drafter = ScriptedDrafter(guess)
+        self.drafter = guess if isinstance(guess, Drafter) else ScriptedDrafter(guess)
         self.options = SpeculativeOptions(**{"draft_length": 4, **options})
         self.speculator = Speculator.create(self.drafter, self.options)
         self.stats = Stats()
@@ -271,7 +270,7 @@ def test_trimmed_tokens_are_never_verified_and_still_teach(monkeypatch) -> None:
     assert [len(f[10]) for f in setup.target.forwards[1:]] == [2, 2, 2]
     assert setup.stats.drafted_by_position == [3]
     # one verified, and the target's own token says how the second would have ended
-    assert learned == [(2, 2), (2, 2), (1, 1)]
+    assert learned == [(2, 2, "scripted"), (2, 2, "scripted"), (1, 1, "scripted")]
 
 
 def test_a_row_that_may_not_draft_is_not_asked(monkeypatch) -> None:
@@ -280,6 +279,38 @@ def test_a_row_that_may_not_draft_is_not_asked(monkeypatch) -> None:
     tokens = setup.run(request(0, new=5), request(1, (9,), new=5))
     assert tokens == {0: greedy([1, 2, 3], 5), 1: greedy([9], 5)}
     assert {ask.row for ask in setup.drafter.asks} == {1}
+
+
+def test_in_a_cascade_the_free_part_goes_on_while_the_other_sits_out(monkeypatch) -> None:
+    monkeypatch.setattr(AdaptiveLength, "allowance", lambda self, row: 0)
+    free, paid = ScriptedDrafter(right_for(2, 2, 0.5)), ScriptedDrafter(right_for(3, 3), "paid", free=False)
+    setup = Setup(CascadeDrafter(free, paid), draft_length="auto")
+    assert setup.run(request(0, new=7))[0] == greedy([1, 2, 3], 7)
+    assert setup.stats.accepted_tokens > 0 and free.asks and all(ask.free_only for ask in free.asks)
+    assert paid.asks == [] and paid.closed[0] == free.closed[0]
+
+
+def test_in_a_cascade_cost_and_acceptance_are_learned_of_each_part(monkeypatch) -> None:
+    learned, timed = [], []
+    monkeypatch.setattr(FixedLength, "learn", lambda self, *how: learned.append(how))
+    monkeypatch.setattr(Costs, "observe_draft", lambda self, tokens, seconds: timed.append(tokens))
+    # sure of itself while the text is short
+    free = ScriptedDrafter(lambda seen, most: right_for(1, 1, 0.9 if len(seen) < 10 else 0.1)(seen, most))
+    paid = ScriptedDrafter(right_for(2, 2), "paid", free=False)
+    setup = Setup(CascadeDrafter(free, paid))
+    setup.run(request(0, new=24))
+    sources = [how[-1] for how in learned]
+    assert set(sources) == {"scripted", "paid"}
+    assert len(timed) == sources.count("paid") and set(timed[:-1]) == {2}  # the last draft ends with the row
+
+
+def test_acceptance_of_one_source_says_nothing_of_another() -> None:
+    length = AdaptiveLength(8, Costs())
+    length.open(0)
+    for _ in range(50):
+        length.learn(0, [0.75], 0, 1, "suffix")
+    assert length._estimate(0, "suffix").chance(0.75) < 0.2
+    assert length._estimate(0, "lm").chance(0.75) == 0.75
 
 
 def test_a_drafter_with_nothing_to_say_is_plain_decoding() -> None:
@@ -387,8 +418,8 @@ def test_a_sampled_drafts_outcome_is_its_acceptance(monkeypatch) -> None:
     monkeypatch.setattr(AdaptiveLength, "learn", lambda self, row, confidences, *seen: learned.append(seen))
     setup = Setup(sampled_guess, draft_length="auto")
     setup.run(request(0, new=20, do_sample=True, seed=1))
-    assert [matches for matches, _ in learned] == [len(e.tokens) - 1 for e in setup.emissions[1:]]
-    assert max(labels for _, labels in learned) == 2
+    assert [matches for matches, *_ in learned] == [len(e.tokens) - 1 for e in setup.emissions[1:]]
+    assert max(labels for _, labels, _ in learned) == 2
 
 
 @pytest.mark.parametrize(

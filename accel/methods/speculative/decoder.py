@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accel.axes import Target
-from accel.drafters.base import Ask, Draft, Drafter, target_readers
+from accel.drafters.base import Ask, Draft, Drafter, leaves, target_readers
 from accel.errors import IncompatibleError
 from accel.kernels.verify import accept, draw, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
@@ -74,6 +74,11 @@ class SpeculativeDecoder(RowDecoder):
         self.readers = target_readers(self.drafter)
         for reader in self.readers:
             reader.listen(target)
+        parts = leaves(self.drafter)
+        self.free = {part.name for part in parts if part.free}
+        # whose tokens cost something: at most one of the parts of a cascade that accel builds
+        self.paid = next((part.name for part in parts if not part.free), "")
+        self.is_mixed = bool(self.paid and self.free)
         self.length = speculator.length
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
@@ -121,25 +126,36 @@ class SpeculativeDecoder(RowDecoder):
         """Ask the drafter for the rows that may draft this round, and trim what it says to what is worth verifying."""
         asks = {}
         for live in rows:
-            most = min(self.length.allowance(live.request.id), live.num_left - 1, self._room(live))
+            allowed = self.length.allowance(live.request.id)
+            # a part that costs nothing goes on while the one that loses sits out
+            free_only = allowed == 0 and self.is_mixed
+            most = min(self.length.longest if free_only else allowed, live.num_left - 1, self._room(live))
             if most > 0:
-                asks[live.request.id] = self._ask(live, most, len(rows))
+                asks[live.request.id] = self._ask(live, most, len(rows), free_only)
         drafts = dict(zip(asks, self.drafter.propose(list(asks.values())) if asks else [], strict=True))
         guesses = []
         for live in rows:
             draft = drafts.get(live.request.id, Draft())
             sampled = draft.probs is not None
-            keep = self.length.trim(live.request.id, draft.confidence, len(rows), self.drafter.free, sampled)
+            free, source = self._is_free(draft), self._source(draft)
+            keep = self.length.trim(live.request.id, draft.confidence, len(rows), free, sampled, source)
             guesses.append(_Guess(draft, _through_stop(draft.tokens[:keep], live.request.stop_tokens)))
         return guesses
 
-    def _ask(self, live: LiveRow, most: int, num_rows: int) -> Ask:
+    def _source(self, draft: Draft) -> str:
+        return draft.source or self.drafter.name
+
+    def _is_free(self, draft: Draft) -> bool:
+        return self.drafter.free or self._source(draft) in self.free
+
+    def _ask(self, live: LiveRow, most: int, num_rows: int, free_only: bool) -> Ask:
         return Ask(
             row=live.request.id,
             max_tokens=most,
             sample=live.request.do_sample,
             warp=live.sampler.pipeline.warp if live.sampler.pipeline else None,
-            keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows),
+            keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows, self.paid),
+            free_only=free_only,
         )
 
     def _room(self, live: LiveRow) -> int:
@@ -228,15 +244,18 @@ class SpeculativeDecoder(RowDecoder):
         kept = verdict.num_accepted
         tokens = [*guess.tokens[:kept], verdict.next_token]
         matches, labels = _outcome(guess, verdict, tokens)
-        self.length.learn(live.request.id, guess.proposed.confidence, matches, labels)
+        self.length.learn(live.request.id, guess.proposed.confidence, matches, labels, self._source(guess.proposed))
         self.stats.count(guess.length, kept)
         scores = None if verdict.scores is None else verdict.scores[: kept + 1]
         return self.emit(live, tokens, logits[: kept + 1], scores)
 
     def _account(self, rows: int, n: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
-        num_drafted = sum(len(guess.proposed.tokens) for guess in guesses)
+        proposals = [guess.proposed for guess in guesses]
         self.costs.observe_verify(rows * n, verifying)
-        self.costs.observe_draft(num_drafted, drafting)
+        num_drafted = sum(len(each.tokens) for each in proposals if not (self.is_mixed and self._is_free(each)))
+        # in a cascade, what a free guess took says nothing of the tokens that cost something
+        if num_drafted or not self.is_mixed:
+            self.costs.observe_draft(num_drafted, drafting)
         self.stats.target_calls += 1
         self.stats.add_seconds("draft", drafting)
         self.stats.add_seconds("verify", verifying)

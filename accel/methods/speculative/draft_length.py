@@ -156,22 +156,24 @@ class FixedLength:
     """The same draft length in every round."""
 
     def __init__(self, length: int) -> None:
-        self.length = length
+        self.longest = length
 
     def open(self, row: int) -> None: ...
 
     def close(self, row: int) -> None: ...
 
     def allowance(self, row: int) -> int:
-        return self.length
+        return self.longest
 
-    def keep_going(self, row: int, confidences: Sequence[float], rows: int) -> bool:
+    def keep_going(self, row: int, confidences: Sequence[float], rows: int, source: str = "") -> bool:
         return True
 
-    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False) -> int:
+    def trim(
+        self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False, source: str = ""
+    ) -> int:
         return len(confidences)
 
-    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None: ...
+    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None: ...
 
 
 @dataclass
@@ -189,19 +191,23 @@ class _Trial:
 
 
 class AdaptiveLength:
-    """The length that promises the most tokens per second, per row; shared over the calls of one attached model."""
+    """The length that promises the most tokens per second, per row; shared over the calls of one attached model.
+
+    ``source`` names who drafted: the confidences of two drafters are not on one scale, so acceptance is learned for
+    each. What a draft costs, and whether it pays, is asked of those that are not ``free``.
+    """
 
     def __init__(self, longest: int, costs: Costs) -> None:
         self.longest = longest
         self.costs = costs
-        self._shared = Acceptance()
-        self._rows: dict[int, Acceptance] = {}
+        self._shared: dict[str, Acceptance] = {}
+        self._rows: dict[int, dict[str, Acceptance]] = {}
         self._trials: dict[int, _Trial] = {}
         # where a new row starts: what the last one that ended had come to
         self._patience = FIRST_PROBE
 
     def open(self, row: int) -> None:
-        self._rows[row] = Acceptance(self._shared)
+        self._rows[row] = {}
         self._trials[row] = _Trial(self._patience)
 
     def close(self, row: int) -> None:
@@ -211,7 +217,7 @@ class AdaptiveLength:
             self._patience = trial.patience
 
     def allowance(self, row: int) -> int:
-        """How many tokens the drafter may propose this round; 0 while a losing drafter sits out."""
+        """How many tokens a drafter that is not free may propose this round; 0 while a losing one sits out."""
         trial = self._trials[row]
         if trial.pause > 0:
             trial.pause -= 1
@@ -220,27 +226,29 @@ class AdaptiveLength:
             self.costs.expect_catch_up()
         return self.longest
 
-    def keep_going(self, row: int, confidences: Sequence[float], rows: int) -> bool:
+    def keep_going(self, row: int, confidences: Sequence[float], rows: int, source: str = "") -> bool:
         """Whether one more token is worth its drafting, judged before it is drafted by the last one's confidence."""
         if not confidences:
             return True
         if not self.costs.knows_draft:
             return False  # a drafter of unknown cost is given a try, and not a long one
-        survival = self._rows[row].survival([*confidences, confidences[-1]])
+        survival = self._estimate(row, source).survival([*confidences, confidences[-1]])
         done = len(confidences)
         return self._rate(survival, rows, drafted=done + 1) > self._rate(survival[:done], rows, drafted=done)
 
-    def trim(self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False) -> int:
+    def trim(
+        self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False, source: str = ""
+    ) -> int:
         """How many of the drafted tokens to verify: their drafting is paid for, only verification still costs.
 
         A ``sampled`` draft is verified whole or, for reasons that lie before it, not at all. Its tokens were drawn
         from q and are accepted as such; leaving out those that look bad would keep a sample that no longer follows q.
         """
         trial = self._trials[row]
-        was_fresh, trial.is_fresh = trial.is_fresh, trial.is_fresh and not confidences
+        was_fresh, trial.is_fresh = trial.is_fresh, trial.is_fresh and (free or not confidences)
         if self.costs.is_stale(rows):
             return 0
-        survival = self._rows[row].survival(confidences)
+        survival = self._estimate(row, source).survival(confidences)
         rates = [self._rate(survival[:length], rows, drafted=0) for length in range(len(survival) + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
@@ -266,13 +274,19 @@ class AdaptiveLength:
         trial.is_fresh, trial.balance = True, 0.0
         return True
 
-    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int) -> None:
+    def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None:
         """The first ``matches`` tokens came true, of ``labels`` whose outcome is known, trimmed ones included."""
-        estimate = self._rows[row]
+        estimate = self._estimate(row, source)
         for index in range(min(matches + 1, labels)):
             estimate.observe(confidences[index], index < matches)
         if matches and self._trials[row].pause:
             self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
+
+    def _estimate(self, row: int, source: str) -> Acceptance:
+        of_row = self._rows[row]
+        if source not in of_row:
+            of_row[source] = Acceptance(self._shared.setdefault(source, Acceptance()))
+        return of_row[source]
 
     def _rate(self, survival: Sequence[float], rows: int, drafted: int) -> float:
         """Expected tokens per second of a round that verifies ``len(survival)`` tokens after drafting ``drafted``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import accel
 from accel.artifacts import open_artifact, verify
 from accel.errors import ArtifactError, OptionError
+from accel.methods.speculative.distill.cache import INDEX
 from accel.methods.speculative.distill.lessons import Library
 from accel.methods.speculative.distill.plan import HELD_OUT, prepare
 from accel.methods.speculative.distill.prompts import Prompt
@@ -66,6 +68,7 @@ def folder_bytes(folder):
         {"data": "fixed"},
         {"data": "target>draft", "keep": 0.5},
         {"data": "draft", "temperature": 0.0},
+        {"data": "target@0,target@1>draft@0.5"},
         {"baseline": True},
     ],
     ids=str,
@@ -129,6 +132,16 @@ def test_disk_is_bounded(target, tmp_path):
     assert again.manifest.files == artifact.manifest.files
     with pytest.raises(OptionError, match="leaves nothing to learn from"):
         make(target, tmp_path / "less", dataclasses.replace(recipe, max_bytes=1000))
+
+
+def test_sources_write_at_their_own_temperatures(target, tmp_path):
+    sources = ("target@0", "target@1", "target")
+    make(target, tmp_path, dataclasses.replace(SMALL, data=",".join(sources)))
+    caches = [tmp_path / "work" / source for source in sources]
+    described = [json.loads((cache / INDEX).read_text())["description"]["temperature"] for cache in caches]
+    assert described == [0.0, 1.0, 1.0]  # the recipe's own is 1
+    greedy, sampled, own = ([shard.read_bytes() for shard in sorted(cache.glob("*.safetensors"))] for cache in caches)
+    assert greedy != sampled == own  # an answer depends on the prompt, the seed and the index alone
 
 
 def test_held_out_prompts_are_not_learned_from(target, tmp_path):

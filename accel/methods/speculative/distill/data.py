@@ -204,14 +204,17 @@ class OnPolicy:
 
 @dataclass(frozen=True)
 class Mix:
-    """Shares of the sources at the first and at the last step; between them the shares change linearly."""
+    """Shares of the sources at the first and at the last step; between them the shares change linearly.
+
+    A source that writes may name its temperature, as in ``target@0``.
+    """
 
     first: tuple[tuple[str, float], ...]
     last: tuple[tuple[str, float], ...]
 
     @classmethod
     def parse(cls, text: str) -> Mix:
-        """``target``, ``target:0.5,draft:0.5``, or ``target>draft`` for a change over training."""
+        """``target``, ``target:0.5,draft:0.5``, ``target@0,target@1``, or a change over training, ``target>draft``."""
         sides = text.split(">")
         if len(sides) > 2:
             raise OptionError(f"data={text!r}: at most one '>', as in target>draft")
@@ -238,12 +241,29 @@ class Mix:
         return chosen
 
 
+def writer(source: str) -> tuple[str, float | None]:
+    """``target@0`` → who writes (one of ``SOURCES``) and at which temperature, None where it names none."""
+    name, at, number = source.partition("@")
+    if name not in SOURCES:
+        raise OptionError(unknown_name("data source", name, SOURCES))
+    if not at:
+        return name, None
+    try:
+        temperature = float(number)
+    except ValueError:
+        temperature = -1.0
+    if name == "fixed" or not 0 <= temperature < float("inf"):
+        raise OptionError(
+            f"data source {source!r}: only target and draft write, at a temperature ≥ 0, as in target@0 (greedy)"
+        )
+    return name, temperature
+
+
 def _shares(text: str, whole: str) -> tuple[tuple[str, float], ...]:
     shares: dict[str, float] = {}
     for part in text.split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
-        if name not in SOURCES:
-            raise OptionError(unknown_name("data source", name, SOURCES))
+        writer(name)
         try:
             share = float(number) if colon else 1.0
         except ValueError:

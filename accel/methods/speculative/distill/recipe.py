@@ -16,7 +16,15 @@ from transformers import PreTrainedModel
 from accel.artifacts import Artifact, Manifest, describe_base, save
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import ArtifactError, OptionError, unknown_name
-from accel.methods.speculative.distill.data import Lessons, Mix, Mixture, OnPolicy, Source, Translation
+from accel.methods.speculative.distill.data import (
+    Lessons,
+    Mix,
+    Mixture,
+    OnPolicy,
+    Source,
+    Translation,
+    writer,
+)
 from accel.methods.speculative.distill.forward import Scorer
 from accel.methods.speculative.distill.lessons import Library
 from accel.methods.speculative.distill.measure import measure
@@ -47,7 +55,7 @@ class Recipe:
     # tokens that the draft can say, the most frequent ones
     vocabulary: int = 8192
     data: str = "target"
-    # how answers are written, by the target and by the student
+    # how answers are written, by the target and by the student, where the source names no temperature of its own
     temperature: float = 1.0
     max_new_tokens: int = 256
     longest_prompt: int = 512
@@ -106,6 +114,11 @@ class Recipe:
 
     def generation(self, temperature: float, stop_tokens: Sequence[int] = ()) -> Generation:
         return Generation(self.max_new_tokens, temperature, self.seed, stop_tokens, self.k, self.rows)
+
+    def temperature_of(self, source: str) -> float:
+        """At which temperature a source of the mix writes: its own, or the recipe's."""
+        own = writer(source)[1]
+        return self.temperature if own is None else own
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -184,7 +197,8 @@ def _lessons(
     library = Library(target, work, prepared.disk.shares(), base, progress)
     lessons = {}
     for folder, asked in prepared.folders.items():
-        how = recipe.generation(HELD_OUT.get(folder, recipe.temperature), prepared.stop_tokens)
+        temperature = HELD_OUT[folder] if folder in HELD_OUT else recipe.temperature_of(folder)
+        how = recipe.generation(temperature, prepared.stop_tokens)
         make = library.judged if folder == "fixed" else library.written
         lessons[folder] = make(folder, asked, how)
     return lessons
@@ -228,10 +242,13 @@ class _Run:
             for folder, each in self.lessons.items()
             if folder not in HELD_OUT
         }
-        if "draft" in recipe.mix.sources:
-            written = recipe.generation(recipe.temperature, self.prepared.stop_tokens)
-            asked = self.prepared.kept.prompts
-            sources["draft"] = OnPolicy(Scorer(self.target), student, translation, asked, written, recipe.batch_tokens)
+        for source in recipe.mix.sources:
+            if writer(source)[0] == "draft":
+                how_written = recipe.generation(recipe.temperature_of(source), self.prepared.stop_tokens)
+                asked = self.prepared.kept.prompts
+                sources[source] = OnPolicy(
+                    Scorer(self.target), student, translation, asked, how_written, recipe.batch_tokens
+                )
         mixture = Mixture(sources, recipe.mix, recipe.steps, recipe.seed)
         rows = train(
             student,
