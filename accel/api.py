@@ -31,7 +31,9 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft, or a
     ``Drafter``. ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain".
     ``options``: the method's own (listed by ``accel methods``), and for every method ``seed`` and ``cpu_linear``
-    ("auto", "packed", "transposed", "linear": how fp32 linear layers run on a CPU).
+    ("auto", "packed", "transposed", "linear": how fp32 linear layers run on a CPU). ``log``: a file to which each
+    finished row's prompt and new tokens are appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it
+    and the older ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it name the tokenizer.
     """
     attached = Attached(model, artifacts, method, options)
     detach(model)
@@ -64,7 +66,7 @@ def generate(
     # transformers' own generate() takes a tokenizer too
     names |= set(SHARED_OPTIONS) - {"tokenizer"}
     options = {name: generate_kwargs.pop(name) for name in sorted(names & set(generate_kwargs))}
-    if "draft_tokenizer" in options and "tokenizer" in generate_kwargs:
+    if {"draft_tokenizer", "log"} & set(options) and "tokenizer" in generate_kwargs:
         options["tokenizer"] = generate_kwargs["tokenizer"]
     before = model.__dict__.get(STATE)
     attach(model, *artifacts, method=method, **options)
@@ -97,7 +99,7 @@ def load(
 ) -> Model:
     """Load a model by alias, folder or hub id, and attach it; ``options`` are those of ``attach``."""
     model, tokenizer = load_model(name_or_path, device=device, dtype=dtype)
-    return Model(attach(model, *artifacts, **options), tokenizer)
+    return Model(attach(model, *artifacts, **{"tokenizer": tokenizer} | options), tokenizer)
 
 
 class _Abandoned(Exception):

@@ -42,6 +42,8 @@ class LogitsPipeline:
     def __init__(self, processors: Sequence[hf.LogitsProcessor] = ()) -> None:
         self.processors = list(processors)
         self.ignores_ids = all(type(p) in IGNORE_IDS for p in self.processors)
+        # warp() means particular tokens by their ids
+        self.names_tokens = any(isinstance(p, hf.SuppressTokensLogitsProcessor) for p in self.processors)
         self.rowwise = all(type(p) in IGNORE_IDS + ROWWISE for p in self.processors)
 
     def __bool__(self) -> bool:

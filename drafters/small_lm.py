@@ -68,7 +68,7 @@ class SmallLMDrafter:
         self.target = SoftmaxTarget(model)
         self.model = model
         self._vocab_size = target_vocab_size
-        self._map = vocabulary
+        self.vocabulary = vocabulary
         expected = target_vocab_size if vocabulary is None else len(vocabulary.d2t)
         if self.target.vocab_size != expected:
             raise IncompatibleError(
@@ -156,12 +156,16 @@ class SmallLMDrafter:
     def _extend(self, draft: _Growing, logits: Tensor) -> None:
         """Choose the row's next drafted token from the draft model's logits ``[V]`` (its own vocabulary)."""
         if draft.ask.sample:
-            scores = self._in_target_vocabulary(logits.float())
+            # a small vocabulary's scores are warped and drawn from as they are: over all of the target's tokens that
+            # would cost more than the draft model itself
+            own = self._d2t is None or not draft.ask.names_tokens
+            scores = logits.float() if own else self._in_target_vocabulary(logits.float(), -torch.inf)
             if draft.ask.warp is not None:
                 scores = draft.ask.warp(scores[None])[0]
             probabilities = scores.softmax(-1)
-            token = choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
-            draft.probs.append(probabilities)
+            choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
+            token = choice if self._d2t is None or not own else int(self._d2t[choice])
+            draft.probs.append(self._in_target_vocabulary(probabilities, 0.0) if own else probabilities)
         else:
             probabilities = logits.float().softmax(-1)
             choice = int(probabilities.argmax())
@@ -169,10 +173,11 @@ class SmallLMDrafter:
         draft.confidence.append(float(probabilities[choice]))
         draft.tokens.append(token)
 
-    def _in_target_vocabulary(self, logits: Tensor) -> Tensor:
+    def _in_target_vocabulary(self, values: Tensor, other: float) -> Tensor:
+        """Values of the draft's tokens as values of the target's, ``other`` where the draft has none."""
         if self._d2t is None:
-            return logits
-        return logits.new_full((self._vocab_size,), -torch.inf).index_copy_(0, self._d2t, logits)
+            return values
+        return values.new_full((self._vocab_size,), other).index_copy_(0, self._d2t, values)
 
 
 @dataclass

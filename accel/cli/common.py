@@ -6,6 +6,7 @@ Knows click and the shape of a command line; nothing of models or methods.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,6 +23,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 def parse_value(text: str) -> Any:
@@ -53,6 +56,14 @@ def parse_options(pairs: Iterable[str]) -> dict[str, Any]:
             raise OptionError(f"option {name!r} is given twice; keep one")
         options[name] = parse_value(value)
     return options
+
+
+def parse_bytes(text: str) -> int:
+    """``2GB``, ``500 MB``, ``1.5g`` or a plain number → bytes."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
+    if found is None:
+        raise OptionError(f"{text!r} is no size: write a number and a unit, as in 500MB or 2GB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _read_options(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accel.cli.common import DEFAULT_MODEL, Progress, emit, json_option
+from accel.cli.common import DEFAULT_MODEL, Progress, emit, json_option, parse_bytes
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -18,17 +17,8 @@ if TYPE_CHECKING:
     from accel.methods.speculative.distill.plan import Prepared
     from accel.methods.speculative.distill.recipe import Recipe
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 # widths to compare with the one that was asked for
 _WIDTHS = (192, 320, 576)
-
-
-def parse_bytes(text: str) -> int:
-    """``2GB``, ``500 MB``, ``1.5g`` or a plain number → bytes."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)b?\s*", text.lower())
-    if found is None:
-        raise OptionError(f"{text!r} is no size: write a number and a unit, as in 500MB or 2GB")
-    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -53,7 +43,8 @@ def distill() -> None:
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE",
-    help="JSON lines with prompt, question, instruction (and input), turns, messages or text; repeatable.",
+    help="JSON lines with prompt, question, instruction (and input), turns, messages or text; or what `accel generate "
+    "--log` wrote, with its older NAME.1.SUFFIX. Repeatable.",
 )
 @click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write.")
 @click.option(
@@ -70,9 +61,16 @@ def distill() -> None:
     "--data",
     default="target",
     show_default=True,
-    help="Who writes answers: target, fixed (the file), draft; a mix (target:0.5,draft:0.5); a change (target>draft).",
+    help="Who writes answers: target, fixed (the file), draft; at a temperature of its own (target@0,target@1); "
+    "a mix (target:0.5,draft:0.5); a change (target>draft).",
 )
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="Of written answers; 0 is greedy.")
+@click.option(
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Of written answers, unless --data says; 0 is greedy.",
+)
 @click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Length limit of answers.")
 @click.option("--longest-prompt", type=int, default=512, show_default=True, help="Leave out prompts of more tokens.")
 @click.option("--k", type=int, default=32, show_default=True, help="Tokens of MODEL's distribution kept a position.")

@@ -18,6 +18,7 @@ from accel.cli.common import (
     model_option,
     options_option,
     output_option,
+    parse_bytes,
 )
 from accel.errors import OptionError
 
@@ -40,6 +41,17 @@ if TYPE_CHECKING:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--stats", "show_stats", is_flag=True, help="Print the figures of the call on stderr.")
+@click.option(
+    "--log",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Append the token ids of prompt and answer to FILE, for `accel distill draft --prompts FILE`. [default: none]",
+)
+@click.option(
+    "--log-max-size",
+    metavar="SIZE",
+    help="Bound on FILE and the older rows in NAME.1.SUFFIX, together. [default: 100MB]",
+)
 @json_option
 @output_option
 def generate(
@@ -57,6 +69,8 @@ def generate(
     device: str,
     dtype: str,
     show_stats: bool,
+    log: Path | None,
+    log_max_size: str | None,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -65,6 +79,10 @@ def generate(
     sampling = _sampling(temperature, top_p, top_k)
     if seed is not None:
         options = {**options, "seed": seed}
+    if log is not None:
+        options = {**options, "log": log}
+    if log_max_size is not None:
+        options = {**options, "log_max_bytes": parse_bytes(log_max_size)}
     import accel
 
     with Progress() as progress:

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
+from accel.artifacts import describe_base
 from accel.axes import Decoder
 from accel.drafters.base import Drafter
 from accel.engine.drafts import drafter_from
@@ -21,6 +22,7 @@ from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods import get
 from accel.models import cpu_linear
 from accel.models.softmax_target import SoftmaxTarget
+from accel.request_log import RequestLog
 from accel.types import Stats, options_from
 
 log = logging.getLogger("accel")
@@ -29,7 +31,7 @@ log = logging.getLogger("accel")
 STATE, GENERATE = "_accel_attached", "generate"
 
 # options that every method understands
-SHARED_OPTIONS = ("seed", "cpu_linear", "tokenizer", "draft_tokenizer")
+SHARED_OPTIONS = ("seed", "cpu_linear", "tokenizer", "draft_tokenizer", "log", "log_max_bytes")
 
 # arguments whose work our loop does not do
 _NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_gpus")
@@ -67,6 +69,7 @@ class Attached:
         self._linears: list[cpu_linear.Installed] = []
         if self.method.name == "speculative":
             self._speculator(self.options, self.draft)  # a draft that is asked for but missing is refused here
+        self._request_log = _request_log(model, shared)
 
     def install(self) -> None:
         """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
@@ -116,7 +119,7 @@ class Attached:
         self.stats = Stats()
         plain_generate = type(self.model).generate
         if reason is not None:
-            self._say(f"decoded by transformers, not by accel: {reason}")
+            self._leave_to_transformers(reason)
             return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
         kwargs.pop("custom_generate", None)
         factory = self._factory_for_call(settings, kwargs)
@@ -216,8 +219,8 @@ class Attached:
             )
             obstacle = call.obstacle()
             if obstacle is None:
-                return call.run(factory, self.stats)
-            self._say(f"decoded by transformers, not by accel: {obstacle}")
+                return call.run(factory, self.stats, self._log_row)
+            self._leave_to_transformers(obstacle)
             return type(model)._sample(
                 model,
                 input_ids,
@@ -256,6 +259,17 @@ class Attached:
         if key not in self._speculators:
             self._speculators[key] = create_speculator(options, draft)
         return self._speculators[key]
+
+    def _leave_to_transformers(self, reason: str) -> None:
+        self._say(f"decoded by transformers, not by accel: {reason}")
+        if self._request_log is not None:
+            self._say("not logged: only rows that accel decodes are")
+
+    def _log_row(self, prompt: Tensor, new: list[int]) -> None:
+        """Put a finished row into the log, if there is one; what keeps it out is a note, and the call goes on."""
+        problem = None if self._request_log is None else self._request_log.append(prompt.tolist(), new)
+        if problem is not None and problem not in self.stats.notes:
+            self._say(problem)
 
     def _say(self, note: str, stats: Stats | None = None) -> None:
         """Put a note on the call's stats, and log it the first time."""
@@ -318,3 +332,13 @@ def _checked_seed(seed: object) -> int | None:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise OptionError(f"seed={seed!r}: must be a whole number ≥ 0, or None to follow torch.manual_seed")
     return seed
+
+
+def _request_log(model: PreTrainedModel, shared: dict[str, Any]) -> RequestLog | None:
+    path, limit = shared.get("log"), shared.get("log_max_bytes")
+    if path is None:
+        if limit is not None:
+            raise OptionError(f"log_max_bytes={limit!r} without log: name the file that it bounds")
+        return None
+    base = describe_base(model.config, shared.get("tokenizer"), name=model.config._name_or_path or "unnamed")
+    return RequestLog(path, base) if limit is None else RequestLog(path, base, limit)

@@ -31,6 +31,8 @@ _KNOWN_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", 
 
 # (target, stats, rows must stay in step) → decoder
 DecoderFactory = Callable[[SoftmaxTarget, Stats, bool], Decoder]
+# (prompt [T] without padding, new tokens up to the row's end), once a finished row
+RowFinished = Callable[[Tensor, list[int]], None]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,9 @@ class PreparedCall:
             return "custom position_ids"
         return None
 
-    def run(self, make_decoder: DecoderFactory, stats: Stats) -> Tensor | GenerateDecoderOnlyOutput:
+    def run(
+        self, make_decoder: DecoderFactory, stats: Stats, row_finished: RowFinished = lambda prompt, new: None
+    ) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode and return what transformers would."""
         target = SoftmaxTarget(self.model)
         prompts = self._prompts()
@@ -81,6 +85,8 @@ class PreparedCall:
                 if chunk.finished:  # contexts only grow until a row ends: the peak is at one of the ends
                     stats.state_bytes = max(stats.state_bytes, target.state_bytes())
                 columns.add(chunk)
+                if chunk.finished and not chunk.late:
+                    row_finished(prompts[chunk.request_id], columns.tokens(chunk.request_id))
         stats.generated_tokens = columns.num_counted
         return columns.finish(stats)
 
@@ -202,6 +208,10 @@ class Columns:
         if chunk.scores is not None:
             self._scores[row] += list(chunk.scores)
         self._stream()
+
+    def tokens(self, row: int) -> list[int]:
+        """What a row has so far: when it ends, its new tokens without padding."""
+        return list(self._tokens[row])
 
     def finish(self, stats: Stats) -> Tensor | GenerateDecoderOnlyOutput:
         """The sequences ``[B, prompt + new]``, or transformers' output object with ``.accel`` on it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import accel
-from accel.artifacts import open_artifact
-from accel.cli.distill import parse_bytes, parse_layers
+from accel.artifacts import open_artifact, tokenizer_digest
+from accel.cli.common import parse_bytes
+from accel.cli.distill import parse_layers
 from accel.cli.main import main
 from accel.errors import OptionError
+from accel.methods.speculative.distill.cache import LessonCache
 
 SMALL = "--shape 1x32 --vocabulary 64 --max-new-tokens 8 --longest-prompt 24 --k 4 --steps 4 --batch-tokens 64".split()
 
@@ -72,6 +75,69 @@ def test_a_draft_is_made_reported_and_used(folder: Path, prompts: Path, tmp_path
     model = accel.load(str(folder), [str(tmp_path / "draft")], drafter="lm", draft_length=2)
     assert isinstance(model.generate("say 3", max_new_tokens=6), str)
     assert model.stats.drafted_tokens > 0
+
+
+def generate(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["generate", *map(str, arguments)])
+
+
+def test_a_draft_is_made_from_what_was_served(folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    served = {}
+    for i in range(6):
+        given = ("-m", folder, f"say {i}", "--max-new-tokens", "6", "--json")
+        served[f"say {i}"] = json.loads(generate(*given, "--log", log, "--log-max-size", "1MB").stdout)["text"]
+        if not i:
+            assert json.loads(generate(*given).stdout)["text"] == served["say 0"]
+    rows = [json.loads(line) for line in log.read_text().splitlines()[1:]]
+    tokenizer = accel.load(str(folder)).tokenizer
+    assert tokenizer is not None
+    texts = {
+        tokenizer.decode(row["prompt_tokens"]): tokenizer.decode(row["new_tokens"], skip_special_tokens=True)
+        for row in rows
+    }
+    assert texts == served and len(rows) == 6
+    for data in ("fixed", "target"):
+        output = tmp_path / data
+        result = run(folder, "--prompts", log, "--output", output, "--data", data, *SMALL)
+        assert result.exit_code == 0, result.output
+        made = open_artifact(output).manifest.made
+        assert made["lessons"][data] == 5 and len(made["losses"]) == 4
+    # the lessons are the logged rows themselves, but for the one that was held out
+    where = tmp_path / "fixed.work" / "fixed"
+    description = json.loads((where / "cache.json").read_text())["description"]
+    learned = [(each.prompt.tolist(), each.answer.tolist()) for each in LessonCache.open(where, description, 10**9)]
+    said = [(row["prompt_tokens"], row["new_tokens"]) for row in rows]
+    assert len(learned) == 5 and all(each in said for each in learned)
+
+
+def test_a_log_of_another_tokenizer_is_refused(folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    assert generate("-m", folder, "say it", "--max-new-tokens", "2", "--log", log).exit_code == 0
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    state = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = state["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    result = run(other, "--prompts", log, "--plan", *SMALL)
+    digests = [tokenizer_digest(accel.load(str(each)).tokenizer) for each in (folder, other)]
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and digests[0] != digests[1]
+    assert all(digest in result.stderr for digest in digests) and str(log) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--log-max-size", "1MB"], "log_max_bytes=1000000 without log"),
+        (["--log", "{tmp}/log", "--log-max-size", "much"], "'much' is no size"),
+        (["--log", "{tmp}/no/log"], "No such file or directory"),
+    ],
+)
+def test_mistakes_about_the_log_are_one_line(folder: Path, tmp_path: Path, given: list[str], says: str) -> None:
+    result = generate("-m", folder, "say it", *(each.replace("{tmp}", str(tmp_path)) for each in given))
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and says in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_the_report_as_json(folder: Path, prompts: Path, tmp_path: Path) -> None:

@@ -297,7 +297,18 @@ def test_the_warp_of_a_trimmed_vocabulary_sees_the_targets_ids():
 
     drafter = SmallLMDrafter(MODEL, TARGET_VOCAB, mapped())
     drafter.open(0, [7], seed=0)
-    assert drafter.propose([Ask(0, 3, sample=True, warp=forbid)])[0].tokens == [D2T[-1]] * 3
+    assert drafter.propose([Ask(0, 3, sample=True, warp=forbid, names_tokens=True)])[0].tokens == [D2T[-1]] * 3
+
+
+def test_other_warps_see_the_drafts_own_vocabulary_to_the_same_effect():
+    def probs(**how):
+        drafter = SmallLMDrafter(MODEL, TARGET_VOCAB, mapped())
+        drafter.open(0, [7, 3], seed=0)
+        draft = drafter.propose([Ask(0, 1, sample=True, warp=warp, **how)])[0]
+        assert draft.confidence[0] == pytest.approx(float(draft.probs[0, draft.tokens[0]]))
+        return draft.probs
+
+    torch.testing.assert_close(probs(), probs(names_tokens=True))
 
 
 def test_unfitting_vocabularies_are_refused_in_one_line():

@@ -154,6 +154,7 @@ class SpeculativeDecoder(RowDecoder):
             max_tokens=most,
             sample=live.request.do_sample,
             warp=live.sampler.pipeline.warp if live.sampler.pipeline else None,
+            names_tokens=live.sampler.pipeline.names_tokens,
             keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows, self.paid),
             free_only=free_only,
         )

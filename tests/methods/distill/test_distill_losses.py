@@ -17,6 +17,7 @@ from accel.methods.speculative.distill.losses import (
     pair,
     select,
     sharpen,
+    unlisted,
 )
 
 V, N = 11, 6
@@ -223,6 +224,32 @@ def test_half_precision_logits_are_read_in_single():
     events = pair(logits.bfloat16(), Teacher(teacher.ids, teacher.logp.half()))
     assert events.log_q.dtype == events.log_p.dtype == torch.float32
     torch.testing.assert_close(events.log_q.exp().sum(-1), torch.ones(N))
+
+
+@pytest.mark.parametrize("k", [1, 4, V])
+def test_drawn_answers_tell_what_the_list_does_not_hold(k):
+    """In expectation over the target's tokens, events and answers together give the forward KL over all tokens."""
+    logits, log_p, teacher = example(k)
+    p = log_p.exp()
+    expected = sum(p[:, x] * unlisted(logits.float(), teacher, torch.full((N,), x)) for x in range(V))
+    rest = torch.ones(N, V, dtype=torch.bool).scatter_(-1, teacher.ids, False)
+    # what the target itself would lose there, a constant of training
+    inside = log_p.masked_fill(~rest, -torch.inf).log_softmax(-1)
+    constant = -(p * inside).masked_fill(~rest, 0.0).sum(-1)
+    whole = loss("fkl", pair(logits, teacher)) + expected - constant
+    torch.testing.assert_close(whole, by_definition("fkl", p, logits.softmax(-1)), rtol=1e-5, atol=1e-5)
+
+
+def test_answers_that_are_listed_or_cannot_be_said_add_nothing():
+    logits, _, teacher = example(3)
+    assert not unlisted(logits, teacher, teacher.ids[:, 1]).any()
+    assert not unlisted(logits, teacher, torch.full((N,), -1)).any()
+    unsayable = Teacher(teacher.ids.masked_fill(teacher.ids == teacher.ids[:, :1], -1), teacher.logp)
+    others = torch.ones(N, V).scatter_(-1, teacher.ids, 0.0).argmax(-1)
+    leaf = logits.float().requires_grad_()
+    unlisted(leaf, unsayable, others).sum().backward()
+    assert leaf.grad.isfinite().all() and (leaf.grad.gather(-1, others[:, None]) < 0).all()
+    assert (leaf.grad.gather(-1, teacher.ids[:, 1:]) == 0).all()  # listed tokens are left alone
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])

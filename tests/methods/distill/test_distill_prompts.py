@@ -6,8 +6,10 @@ import json
 
 import pytest
 
+from accel.artifacts import BaseModel
 from accel.errors import OptionError
 from accel.methods.speculative.distill.prompts import Prompt, encode, parse, read, split
+from accel.request_log import RequestLog, older
 
 
 def asked(*turns):
@@ -75,6 +77,56 @@ def test_bad_lines_are_named_in_one_error(tmp_path):
         read([two])
     with pytest.raises(OptionError, match=r"cannot read prompts from .*three"):
         read([tmp_path / "three.jsonl"])
+
+
+BASE = BaseModel("toy", None, "a" * 64, None, 100)
+
+
+def logged(path, *rows):
+    log = RequestLog(path, BASE)
+    for prompt, new in rows:
+        log.append(prompt, new)
+    return path
+
+
+def test_a_request_log_is_read_as_it_was_written_oldest_first(tmp_path):
+    file, text = tmp_path / "log.jsonl", tmp_path / "text.jsonl"
+    logged(file, ([1, 2], [3, 0]), ([4], [5]))
+    file.rename(older(file))
+    logged(file, ([1, 2], [6]))
+    text.write_text('{"prompt": "a bb", "answer": "ccc"}\n')
+    expected = [([1, 2], [3, 0]), ([4], [5]), ([1, 2], [6])]
+
+    def ids(*files):
+        # no chat template, no end token: a row has what it had
+        encoded = encode(read(files), Words(), longest=10, end=2)
+        return list(zip(encoded.prompts, encoded.answers, strict=True))
+
+    assert ids(file) == expected
+    assert ids(older(file)) == expected[:2]
+    assert ids(text, file) == [([16, 11, 12, 9], [13, 2]), *expected]
+    # given by name as well, it counts once
+    assert ids(file, older(file)) == [expected[2], *expected[:2]]
+    encoded = encode(read([file]), Words(), longest=1)
+    assert encoded.prompts == [[4]] and encoded.num_too_long == 2
+    digests = [prompt.digest() for prompt in read([file])]
+    assert digests[0] == digests[2] != digests[1], "a prompt stays on its side whatever was answered"
+
+
+def test_damage_in_a_request_log_is_one_error_with_all_others(tmp_path):
+    file, text = logged(tmp_path / "log.jsonl", ([1], [2])), tmp_path / "text.jsonl"
+    text.write_text("{}\n")
+    file.write_text(file.read_text() + "garbage\n")
+    with pytest.raises(OptionError, match=r"text.jsonl:1: needs one of .*; .*log.jsonl:3: not JSON"):
+        read([text, file])
+    # without its header it is a file like any other
+    file.write_text('{"prompt_tokens":[1],"new_tokens":[2]}\n')
+    with pytest.raises(OptionError, match=r"log\.jsonl:1: needs one of prompt"):
+        read([file])
+    (empty := tmp_path / "empty.jsonl").write_text("")
+    RequestLog(empty, BASE)
+    with pytest.raises(OptionError, match="no prompts in"):
+        read([empty])
 
 
 class Words:

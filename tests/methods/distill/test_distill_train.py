@@ -9,6 +9,7 @@ import torch
 
 from accel.errors import ArtifactError, ModelError, OptionError
 from accel.methods.speculative.distill.data import Lessons, collate
+from accel.methods.speculative.distill.forward import Scorer
 from accel.methods.speculative.distill.measure import measure
 from accel.methods.speculative.distill.teacher import Lesson
 from accel.methods.speculative.distill.train import Training, next_token, train
@@ -44,6 +45,19 @@ def student(tiny):
         return tiny.build("llama", seed=seed, **extra)
 
     return make
+
+
+def test_what_the_list_does_not_hold_is_learned_from_the_targets_own_answers(tmp_path, student):
+    """With one listed token, the second most likely one is in the rest: only the answers say which it is."""
+    batch = collate(rule_lessons(80)[64:])
+    found = {}
+    for by_target in (False, True):
+        lessons = Lessons(rule_lessons(k=1), 160, seed=1, by_target=by_target)
+        model = student()
+        train(model, lessons.batch, Training(steps=100, loss="fkl", learning_rate=1e-2), tmp_path / str(by_target))
+        said = Scorer(model)(batch.tokens, batch.at).softmax(-1)
+        found[by_target] = float(said.detach().gather(-1, batch.ids[:, 1:2]).mean())
+    assert found[True] > 0.08 > 0.04 > found[False]  # 0.15 in truth
 
 
 @pytest.mark.parametrize(("loss", "baseline"), [("fkl", False), ("lk", False), ("fkl", True)])

@@ -7,7 +7,7 @@ number, so that a run that was killed sees what it would have seen.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -38,13 +38,15 @@ class Batch:
     logp: Tensor
     # answer tokens of each row
     lengths: tuple[int, ...]
+    # whether the target itself wrote the answers
+    by_target: bool = False
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "lengths"}
-        return replace(self, **moved)
+        tensors = ("tokens", "at", "answer", "ids", "logp")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
-def collate(lessons: Sequence[Lesson]) -> Batch:
+def collate(lessons: Sequence[Lesson], by_target: bool = False) -> Batch:
     """One batch; the last answer token is foretold and not read."""
     read = [torch.cat([each.prompt, each.answer[:-1]]).long() for each in lessons]
     width = max(len(each) for each in read)
@@ -60,6 +62,7 @@ def collate(lessons: Sequence[Lesson]) -> Batch:
         torch.cat([each.ids for each in lessons]).long(),
         torch.cat([each.logp for each in lessons]).float(),
         tuple(len(each.answer) for each in lessons),
+        by_target,
     )
 
 
@@ -147,20 +150,21 @@ class Source(Protocol):
 
 
 class Lessons:
-    """Lessons that are there already, held in memory, epoch after epoch."""
+    """Lessons that are there already, held in memory, epoch after epoch; ``by_target`` if it wrote the answers."""
 
-    def __init__(self, lessons: Iterable[Lesson], budget: int, seed: int) -> None:
+    def __init__(self, lessons: Iterable[Lesson], budget: int, seed: int, by_target: bool = False) -> None:
         # shards hold lessons as they were finished, which depends on where a run was killed
         self.lessons = sorted(lessons, key=lambda each: each.index)
+        self._by_target = by_target
         self._packing = Packing([len(each.prompt) + len(each.answer) for each in self.lessons], budget, seed)
 
     def batch(self, number: int) -> Batch:
-        return collate([self.lessons[item] for item in self._packing[number]])
+        return collate([self.lessons[item] for item in self._packing[number]], self._by_target)
 
     def epoch(self) -> Iterator[Batch]:
         """Every lesson once."""
         for items in self._packing.epoch(0):
-            yield collate([self.lessons[item] for item in items])
+            yield collate([self.lessons[item] for item in items], self._by_target)
 
 
 class OnPolicy:

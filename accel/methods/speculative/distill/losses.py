@@ -154,6 +154,28 @@ def loss(name: str, events: Pair, *, beta: float = 0.5) -> Tensor:
     return _BY_NAME[name](events)
 
 
+def unlisted(logits: Tensor, teacher: Teacher, answer: Tensor) -> Tensor:
+    """−ln q(answer | not listed) where the answer is none of the listed tokens and the draft can say it, else 0; [N].
+
+    logits [N, V], answer int64 [N], -1 where the draft cannot say it. For answers drawn from the target its
+    expectation is the rest's share of the cross entropy, −Σ p ln q(· | rest) over the tokens that are not listed:
+    with it the forward KL over events becomes the one over all tokens, up to a constant. Without it a draft spreads
+    its rest as it likes, and what it draws there is refused.
+    """
+    known = teacher.ids >= 0
+    outside = (answer >= 0) & ~((teacher.ids == answer[:, None]) & known).any(-1)
+    found = logits.new_zeros(len(logits), dtype=torch.float32)
+    rows = outside.nonzero()[:, 0]
+    if len(rows) == 0:
+        return found
+    # a column more, for listed tokens that the draft has no id for
+    some = logits[rows].float()
+    listed = torch.zeros(len(rows), some.shape[-1] + 1, dtype=torch.bool, device=some.device)
+    listed = listed.scatter_(-1, teacher.ids[rows].where(known[rows], some.shape[-1]), True)[:, :-1]
+    log_q = some.masked_fill(listed, -torch.inf).log_softmax(-1)
+    return found.index_put((rows,), -log_q[torch.arange(len(rows), device=rows.device), answer[rows]])
+
+
 def select(student_loss: Tensor, reference_loss: Tensor, keep: float) -> Tensor:
     """The share ``keep`` of tokens where the student loses most to a distilled reference; two [N] → bool [N].
 

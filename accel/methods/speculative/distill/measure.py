@@ -73,18 +73,24 @@ def block_efficiency(chances: Sequence[Tensor], gamma: int) -> float:
     """τ: tokens per target call when ``gamma`` are drafted a round.
 
     chances: a [A] an answer, the chance that the draft's token at each position is kept given all before it.
+    With chances 0 and 1 (greedy) this counts the rounds of greedy decoding exactly; with one chance a everywhere it
+    tends to (1 − a^{γ+1}) / (1 − a).
+    """
+    rounds = sum(float(each.sum()) for each in round_begins(chances, gamma))
+    return sum(len(each) for each in chances) / rounds
+
+
+def round_begins(chances: Sequence[Tensor], gamma: int) -> list[Tensor]:
+    """The chance that a round of ``gamma`` drafted tokens begins at each position, [A] an answer, for ``chances`` [A].
 
     A round that begins at i keeps r < γ tokens with chance a_i … a_{i+r−1} (1 − a_{i+r}), all γ with the product of
     γ of them, and the next begins behind the target's own token. So the chance that some round begins at i follows
-    from those before i, and their sum is the expected number of rounds. With chances 0 and 1 (greedy) this counts the
-    rounds of greedy decoding exactly; with one chance a everywhere it tends to (1 − a^{γ+1}) / (1 − a).
+    from those before i, and their sum is the expected number of rounds.
     """
     longest = max(len(each) for each in chances)
     a = torch.zeros(len(chances), longest + gamma, dtype=torch.float64)
-    inside = torch.zeros(len(chances), longest, dtype=torch.float64)
     for row, each in enumerate(chances):
         a[row, : len(each)] = each.double()
-        inside[row, : len(each)] = 1
     begins = torch.zeros(len(chances), longest + gamma + 1, dtype=torch.float64)
     begins[:, 0] = 1
     for i in range(longest):
@@ -93,5 +99,4 @@ def block_efficiency(chances: Sequence[Tensor], gamma: int) -> float:
             begins[:, i + r + 1] += alive * (1 - a[:, i + r])
             alive *= a[:, i + r]
         begins[:, i + gamma + 1] += alive
-    rounds = float((begins[:, :longest] * inside).sum())
-    return sum(len(each) for each in chances) / rounds
+    return [begins[row, : len(each)] for row, each in enumerate(chances)]

@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
+from accel.artifacts import describe_base
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
 from accel.methods.speculative.distill.checkpoint import KEPT
+from accel.methods.speculative.distill.data import writer
 from accel.methods.speculative.distill.lessons import predicted_bytes
 from accel.methods.speculative.distill.prompts import ANSWERS, Encoded, Prompt, encode, split
 from accel.methods.speculative.distill.student import Shape, build, truncate
 from accel.models.softmax_target import SoftmaxTarget
+from accel.request_log import check_tokens
 
 if TYPE_CHECKING:
     from accel.methods.speculative.distill.recipe import Recipe
 
 # held-out answers are written both ways, because a draft is used both ways: folder → temperature
 HELD_OUT = {"held-out-greedy": 0.0, "held-out-sampled": 1.0}
+# tokens of the target's distribution kept at their positions, at least: α of a shorter list looks too large, because
+# all tokens outside it count as one
+HELD_OUT_K = 512
 
 # a step's line in the log, and what surrounds the tensors of a checkpoint or an artifact
 _LINE = 256
@@ -54,16 +60,18 @@ class Disk:
         folders: Mapping[str, Encoded],
         *,
         answer_tokens: int,
-        k: int,
+        ks: Mapping[str, int],
         parameters: int,
         runs: int,
         steps: int,
         bytes_per_weight: int,
         max_bytes: int,
     ) -> Disk:
-        """``folders``: the prompts answered into each. ``runs``: trainings, each with checkpoints of its own."""
+        """``folders``: the prompts answered into each, with ``ks`` tokens kept a position. ``runs``: trainings, each
+        with checkpoints of its own.
+        """
         sizes = {
-            name: predicted_bytes([len(prompt) for prompt in asked.prompts], answer_tokens, k)
+            name: predicted_bytes([len(prompt) for prompt in asked.prompts], answer_tokens, ks[name])
             for name, asked in folders.items()
         }
         # weights and two moments in fp32
@@ -107,6 +115,8 @@ class Prepared:
     held_out: Encoded
     # folder of lessons → the prompts that are answered into it
     folders: Mapping[str, Encoded]
+    # tokens of the target's distribution kept at each position of a folder
+    ks: Mapping[str, int]
     stop_tokens: list[int]
     num_too_long: int
     digest: str
@@ -131,13 +141,15 @@ def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
             f"longest_prompt={recipe.longest_prompt} and max_new_tokens={recipe.max_new_tokens}: the model has "
             f"{limit} positions for both"
         )
+    logged = [prompt.logged for prompt in prompts if prompt.logged is not None]
+    if logged:
+        check_tokens(logged, describe_base(target.config, tokenizer, name=target.config._name_or_path or "the model"))
     stop = stop_tokens(target, tokenizer)
     encoded = encode(prompts, tokenizer, longest=recipe.longest_prompt, end=stop[0] if stop else None)
     kept, held = split(encoded.digests, recipe.held_out, recipe.most_held_out)
     learned, unseen = encoded.take(kept), encoded.take(held)
     folders = dict.fromkeys(HELD_OUT, unseen)
-    if "target" in recipe.mix.sources:
-        folders["target"] = learned
+    folders |= {source: learned for source in recipe.mix.sources if writer(source)[0] == "target"}
     if "fixed" in recipe.mix.sources:
         having = [place for place, answer in enumerate(learned.answers) if answer]
         if not having:
@@ -147,10 +159,12 @@ def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
             )
         folders["fixed"] = learned.take(having)
     parameters = num_student_parameters(target, recipe.student_shape, recipe.layers, recipe.vocabulary)
+    size = target.config.get_text_config(decoder=True).vocab_size
+    ks = {name: min(max(recipe.k, HELD_OUT_K) if name in HELD_OUT else recipe.k, size) for name in folders}
     disk = Disk.predict(
         folders,
         answer_tokens=recipe.max_new_tokens,
-        k=recipe.k,
+        ks=ks,
         parameters=parameters,
         runs=2 if recipe.keep < 1 else 1,
         steps=recipe.steps,
@@ -158,7 +172,7 @@ def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
         max_bytes=recipe.max_bytes,
     )
     disk.shares()
-    return Prepared(learned, unseen, folders, stop, encoded.num_too_long, encoded.digest(), parameters, disk)
+    return Prepared(learned, unseen, folders, ks, stop, encoded.num_too_long, encoded.digest(), parameters, disk)
 
 
 def stop_tokens(target: PreTrainedModel, tokenizer: Any) -> list[int]:

@@ -5,6 +5,8 @@ Knows texts and tokenizers. Does not know models or lessons.
 A line is one of {"prompt"}, {"question"}, {"instruction", "input"}, {"turns": […]} (the first is asked),
 {"messages": [{"role", "content"}, …]} or {"text"}, which is continued as it is, without a chat template. An answer may
 stand beside it as "answer", "output", "completion" or "response"; of messages it is the last one, if an assistant's.
+
+A file may also be a request log (``accel.request_log``), whose prompts and answers are token ids already.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accel import request_log
 from accel.errors import OptionError
+from accel.request_log import Logged
 
 SHAPES = ("prompt", "question", "instruction", "turns", "messages", "text")
 ANSWERS = ("answer", "output", "completion", "response")
@@ -25,23 +29,37 @@ _MOST_NAMED = 5
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: a conversation's ``messages`` (role, content), or a ``text`` that is continued as it is."""
+    """What is asked: a conversation's ``messages`` (role, content), a ``text`` that is continued as it is, or the
+    token ids of a ``logged`` row, which has its answer with it."""
 
     messages: tuple[tuple[str, str], ...] = ()
     text: str = ""
     answer: str | None = None
+    logged: Logged | None = None
 
     def digest(self) -> str:
         """sha256 of what is asked; the answer plays no part."""
+        if self.logged is not None:
+            return hashlib.sha256(json.dumps(self.logged.prompt).encode()).hexdigest()
         return hashlib.sha256(json.dumps([self.messages, self.text]).encode()).hexdigest()
 
 
 def read(files: Iterable[str | Path]) -> list[Prompt]:
-    """The prompts of JSON-lines files, in order. Bad lines are named, by file and number, in one error."""
+    """The prompts of JSON-lines files, in order. Bad lines are named, by file and number, in one error.
+
+    Of a request log the older file is read first, where there is one.
+    """
+    paths = [Path(file) for file in files]
     prompts: list[Prompt] = []
     wrong: list[str] = []
-    for file in files:
-        for where, line in _lines(Path(file)):
+    for path in paths:
+        if request_log.is_log(path):
+            try:
+                prompts += _logged(path, paths)
+            except ValueError as error:
+                wrong.append(str(error))
+            continue
+        for where, line in _lines(path):
             try:
                 prompts.append(parse(line))
             except ValueError as error:
@@ -50,8 +68,20 @@ def read(files: Iterable[str | Path]) -> list[Prompt]:
         more = f"; and {len(wrong) - _MOST_NAMED} more" if len(wrong) > _MOST_NAMED else ""
         raise OptionError("; ".join(wrong[:_MOST_NAMED]) + more)
     if not prompts:
-        raise OptionError("no prompts in " + ", ".join(str(file) for file in files) + ": one JSON object a line")
+        raise OptionError("no prompts in " + ", ".join(map(str, paths)) + ": one JSON object a line")
     return prompts
+
+
+def _logged(path: Path, given: Sequence[Path]) -> Iterator[Prompt]:
+    """The rows of a request log, behind those of its older file unless that is ``given`` by name."""
+    real = path.resolve()
+    before = request_log.older(real)
+    both = [before, path] if before.exists() and before not in {each.resolve() for each in given} else [path]
+    for file in both:
+        try:
+            yield from (Prompt(logged=row) for row in request_log.read(file))
+        except OSError as error:
+            raise OptionError(f"cannot read prompts from {file}: {error}") from error
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -140,7 +170,7 @@ class Encoded:
 def encode(prompts: Sequence[Prompt], tokenizer: Any, *, longest: int, end: int | None = None) -> Encoded:
     """Token ids, by the tokenizer's chat template where it has one; prompts over ``longest`` tokens are counted.
 
-    ``end``: the token that ends an answer of the file.
+    ``end``: the token that ends an answer of the file. Logged rows stay as they are.
     """
     encoded = Encoded()
     for prompt in prompts:
@@ -149,7 +179,9 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, *, longest: int, end: int 
             encoded.num_too_long += 1
             continue
         answer = None
-        if prompt.answer is not None:
+        if prompt.logged is not None:
+            answer = list(prompt.logged.new)
+        elif prompt.answer is not None:
             answer = [*tokenizer(prompt.answer, add_special_tokens=False)["input_ids"], *([] if end is None else [end])]
         encoded.prompts.append(ids)
         encoded.answers.append(answer)
@@ -160,6 +192,8 @@ def encode(prompts: Sequence[Prompt], tokenizer: Any, *, longest: int, end: int 
 
 
 def _encode(prompt: Prompt, tokenizer: Any) -> list[int]:
+    if prompt.logged is not None:
+        return list(prompt.logged.prompt)
     if prompt.messages and getattr(tokenizer, "chat_template", None):
         messages = [{"role": role, "content": content} for role, content in prompt.messages]
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)

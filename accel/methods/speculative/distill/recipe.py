@@ -198,7 +198,7 @@ def _lessons(
     lessons = {}
     for folder, asked in prepared.folders.items():
         temperature = HELD_OUT[folder] if folder in HELD_OUT else recipe.temperature_of(folder)
-        how = recipe.generation(temperature, prepared.stop_tokens)
+        how = replace(recipe.generation(temperature, prepared.stop_tokens), k=prepared.ks[folder])
         make = library.judged if folder == "fixed" else library.written
         lessons[folder] = make(folder, asked, how)
     return lessons
@@ -238,7 +238,7 @@ class _Run:
         else:
             student = build(self.target, shape, self.vocabulary, start=recipe.start, seed=recipe.seed)
         sources: dict[str, Source] = {
-            folder: Lessons(each, recipe.batch_tokens, recipe.seed)
+            folder: Lessons(each, recipe.batch_tokens, recipe.seed, by_target=folder != "fixed")
             for folder, each in self.lessons.items()
             if folder not in HELD_OUT
         }

@@ -22,7 +22,7 @@ from accel.errors import ModelError, OptionError, unknown_name
 from accel.methods.speculative.distill.checkpoint import Checkpoints, Log
 from accel.methods.speculative.distill.data import Batch
 from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.losses import LOSSES, Teacher, acceptance, pair, select
+from accel.methods.speculative.distill.losses import LOSSES, Teacher, acceptance, pair, select, unlisted
 from accel.methods.speculative.distill.losses import loss as divergence
 
 
@@ -138,6 +138,8 @@ def _step(
             with torch.no_grad(), _autocast(device):
                 easier = divergence(how.loss, pair(judge(batch.tokens, batch.at), teacher), beta=how.beta)
             kept = select(losses.detach(), easier, how.keep)
+        if batch.by_target:
+            losses = losses + unlisted(logits, teacher, batch.answer)
     mean = losses[kept].sum() / kept.sum().clamp(min=1)
     value = float(mean.detach())
     if not math.isfinite(value):
