@@ -74,8 +74,9 @@ class Attached:
     def install(self) -> None:
         """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
         draft = getattr(self.draft, "model", None)
-        models = [self.model, draft] if isinstance(draft, PreTrainedModel) else [self.model]
-        self._linears = [cpu_linear.install(model, self.cpu_linear) for model in models]
+        self._linears = [cpu_linear.install(self.model, self.cpu_linear)]
+        if isinstance(draft, PreTrainedModel):
+            self._linears.append(cpu_linear.install(draft, self.cpu_linear, may_round=True))
         self.model.__dict__[STATE] = self
         self.model.__dict__[GENERATE] = self.generate
 

@@ -252,6 +252,40 @@ def test_auto_takes_the_fastest_per_number_of_rows(timings, memory) -> None:
     assert installed.extra_bytes == 2 * IN * OUT * 4
 
 
+def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, memory) -> None:
+    memory(1 << 40)
+    timings.seconds = {("int8", rows): 0.1 for rows in MEASURED_ROWS} | {("packed", 8): 0.05}
+    net = nn.Sequential(nn.Linear(IN, 64), nn.ReLU(), nn.Linear(64, IN)).requires_grad_(False)
+    exact = install(net, "auto")
+    exact.remove()
+    assert "int8" not in exact.way_by_rows.values()
+    inputs = [torch.randn(rows, IN) for rows in (1, 3, 4, 5, 16, 17, 300)]
+    with torch.no_grad():
+        expected = [net(x) for x in inputs]
+        installed = install(net, "auto", may_round=True)
+        errors = [error(net(x), y) for x, y in zip(inputs, expected, strict=True)]
+    assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 8: "packed", 16: "int8"}
+    assert installed.extra_bytes == 2 * IN * 64 * 4 + 2 * IN * 64
+    assert all(TOLERANCE < each < 0.02 for each in (*errors[:3], errors[4]))
+    # many rows are computed exactly
+    assert all(each <= TOLERANCE for each in (errors[3], *errors[5:]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 1), (64, 7), (96, 80), (33, 40), (8, 8)])
+def test_8_bits_of_any_shape_and_of_misaligned_rows(inputs: int, outputs: int) -> None:
+    layer = nn.Linear(inputs, outputs)
+    run = cpu_linear._FUNCTIONS["int8"](layer)
+    for rows in (1, 2, 3, 5):
+        # rows of another tensor begin where they may
+        x = torch.randn(rows * inputs + 3)[3:].reshape(rows, inputs)
+        assert error(run(x), layer(x)) < 0.03
+    layer.weight.mul_(3.0)
+    assert error(run(x), layer(x)) < 0.03
+    layer.weight.zero_()
+    assert error(run(x), layer(x)) < 0.03
+
+
 def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> None:
     taken: list[str] = []
     for way in ("linear", "transposed", "packed"):

@@ -151,13 +151,13 @@ def test_a_real_verification(tiny):
 def test_both_are_measured_with_the_layers_and_in_the_precision_that_they_decode_in(tiny, monkeypatch):
     installed = []
 
-    def install(model, way="auto"):
-        installed.append((model.config.num_hidden_layers, model.dtype))
+    def install(model, way="auto", may_round=False):
+        installed.append((model.config.num_hidden_layers, model.dtype, may_round))
         return Installed((), {}, 0)
 
     monkeypatch.setattr(cpu_linear, "install", install)
     measure(tiny.build("llama").bfloat16(), [SMALL], 67, context=4, repeat=1)
-    assert installed == [(2, torch.bfloat16), (1, torch.bfloat16)]
+    assert installed == [(2, torch.bfloat16, False), (1, torch.bfloat16, True)]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def measure(
     with _stepper(target, context) as step:
         for shape in shapes:
             student = build(target, shape, kept, start="random").to(target.dtype)
-            with _stepper(student, context) as draft_step:
+            with _stepper(student, context, may_round=True) as draft_step:
                 ratios = paired_ratios(partial(draft_step, 1), partial(step, 1), repeat, DRAFT_STEPS)
             found.append(Candidate(shape, student.num_parameters(), *_quantiles(ratios)))
     return found
@@ -159,9 +159,9 @@ def table(
 
 
 @contextmanager
-def _stepper(model: PreTrainedModel, context: int) -> Iterator[Callable[[int], int]]:
+def _stepper(model: PreTrainedModel, context: int, may_round: bool = False) -> Iterator[Callable[[int], int]]:
     """A function that reads n tokens behind ``context`` others, names the next token and forgets them again."""
-    installed = cpu_linear.install(model)
+    installed = cpu_linear.install(model, may_round=may_round)
     try:
         reader = SoftmaxTarget(model)
         row = reader.open()

@@ -5,6 +5,7 @@ Knows ids of the draft's vocabulary alone. Does not know texts, where batches co
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -173,5 +174,14 @@ def _groups(student: PreTrainedModel, weight_decay: float) -> list[dict[str, Any
 
 
 def _autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on a GPU; a CPU computes in fp32, where autocast would cost more than it saves."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+    """bf16 on a GPU and on a CPU that multiplies it; on another CPU it would cost more than it saves."""
+    if device.type == "cuda" or _multiplies_bf16():
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it."""
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
