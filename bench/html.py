@@ -24,16 +24,21 @@ svg text { font: 13px system-ui, sans-serif; fill: #1c2530 }
 
 def page(document: Mapping[str, Any]) -> str:
     """The page's whole text."""
-    remarks = "".join(f"<li>{escape(line)}</li>" for line in report.remarks(document))
-    groups = ""
+    parts = [bars(document), table(*report.arm_rows(document))]
     if len(document["groups"]) > 1:
-        groups = f"<h2>Speed-up by task group</h2>{_table(*report.group_rows(document))}"
+        parts.append(f"<h2>Speed-up by task group</h2>{table(*report.group_rows(document))}")
+    return whole(document, report.heading(document), parts, report.remarks(document))
+
+
+def whole(document: Mapping[str, Any], heading: str, parts: Sequence[str], remarks: Sequence[str]) -> str:
+    """A page: heading, the suite's own parts (HTML), remarks and how it was measured."""
+    said = "".join(f"<li>{escape(line)}</li>" for line in remarks)
     environment = "\n".join(f"{key}: {value}" for key, value in document["environment"].items())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>accel bench</title>'
         f"<style>{STYLE}</style></head><body><h1>accel bench</h1>"
-        f"<pre>{escape(report.heading(document))}</pre>{bars(document)}{_table(*report.arm_rows(document))}{groups}"
-        f"<ul>{remarks}</ul><h2>How this was measured</h2>"
+        f"<pre>{escape(heading)}</pre>{''.join(parts)}"
+        f"<ul>{said}</ul><h2>How this was measured</h2>"
         f"<pre>{escape(document['command'])}\n{escape(document['date'])}\n\n{escape(environment)}</pre></body></html>\n"
     )
 
@@ -65,7 +70,8 @@ def bars(document: Mapping[str, Any]) -> str:
     return "".join(parts)
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls where it is too wide."""
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

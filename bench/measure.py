@@ -44,6 +44,8 @@ class Record:
     arm: str
     turn: int = 0
     repetition: int = 0
+    # what the tokens were drawn at; 0 is greedy
+    temperature: float = 0.0
     prompt_tokens: int = 0
     tokens: list[int] = field(default_factory=list)
     seconds: float = 0.0

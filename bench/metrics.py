@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import sqrt
 
 import numpy as np
 
 # a fixed seed, so that the same measurements always give the same interval
 BOOTSTRAP_SEED = 0
 BOOTSTRAP_SAMPLES = 2000
+# of a normal distribution: 95 % lie within this many standard deviations
+Z95 = 1.96
 
 
 def tpot_ms(latency: float, ttft: float, output_tokens: int) -> float | None:
@@ -92,6 +95,18 @@ def speedup_of_means(reference: Sequence[float], arm: Sequence[float]) -> float 
     if not reference or not arm:
         return None
     return float(np.mean(arm) / np.mean(reference))
+
+
+def wilson(successes: int, trials: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share; unlike the normal one it stays within 0 to 1 and has a width at its ends.
+
+    (p + z²/2n ± z √(p (1 − p)/n + z²/4n²)) / (1 + z²/n), z = 1.96 (Wilson 1927).
+    """
+    if not 0 <= successes <= trials or not trials:
+        raise ValueError(f"{successes} successes in {trials} trials: there is no such share")
+    p, z2n = successes / trials, Z95**2 / trials
+    half = Z95 * sqrt(p * (1 - p) / trials + z2n / (4 * trials))
+    return max(0.0, (p + z2n / 2 - half) / (1 + z2n)), min(1.0, (p + z2n / 2 + half) / (1 + z2n))
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,15 @@ def terminal(document: Mapping[str, Any]) -> str:
 
 
 def heading(document: Mapping[str, Any]) -> str:
-    settings, environment = document["settings"], document["environment"]
-    decoding = f"temperature {settings['temperature']}" if settings["temperature"] else "greedy"
-    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
+    temperature = document["settings"]["temperature"]
     prompts = sum(group[document["reference"]]["prompts"] for group in document["groups"].values())
+    return opening(document, prompts, f"temperature {temperature}" if temperature else "greedy")
+
+
+def opening(document: Mapping[str, Any], prompts: int, decoding: str) -> str:
+    """What was run, where, and with which versions."""
+    settings, environment = document["settings"], document["environment"]
+    where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     unfinished = "" if document["complete"] else " · UNFINISHED"
     return (
         f"{settings['model']} · {settings['dtype']} · {where}\n"
@@ -70,17 +75,7 @@ def group_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
 def remarks(document: Mapping[str, Any]) -> list[str]:
     """What a reader must know beside the numbers, losses first."""
     reference = document["reference"]
-    lines = []
-    for name, arm in document["arms"].items():
-        if arm["failures"]:
-            more = f" (and {len(arm['failures']) - 1} more)" if len(arm["failures"]) > 1 else ""
-            lines.append(f"{name} FAILED the output check, so no speed-up is given: {arm['failures'][0]}{more}")
-    losses = []
-    for name, arm in document["arms"].items():
-        if arm["speedup"] is not None and arm["speedup"] < 0.995:
-            losses.append(f"{name} ({arm['speedup']:.2f}×)")
-    if losses:
-        lines.append(f"Slower than {reference}: {', '.join(losses)}")
+    lines = [*refusals(document["arms"]), *slower(reference, document["arms"])]
     if document["settings"]["temperature"] > 0:
         lines.append("Sampled at a temperature: outputs differ from run to run and are not compared.")
     elif margins := [arm["max_margin"] for arm in document["arms"].values() if arm["max_margin"] is not None]:
@@ -93,6 +88,22 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
         "beside it stands what was measured."
     )
     return lines
+
+
+def refusals(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line for each arm whose output the gate refused."""
+    lines = []
+    for name, arm in arms.items():
+        if arm["failures"]:
+            more = f" (and {len(arm['failures']) - 1} more)" if len(arm["failures"]) > 1 else ""
+            lines.append(f"{name} FAILED the output check, so no speed-up is given: {arm['failures'][0]}{more}")
+    return lines
+
+
+def slower(than: str, arms: Mapping[str, Mapping[str, Any]], key: str = "speedup") -> list[str]:
+    """One line that names every loss; none where there are none."""
+    losses = [f"{name} ({arm[key]:.2f}×)" for name, arm in arms.items() if arm[key] is not None and arm[key] < 0.995]
+    return [f"Slower than {than}: {', '.join(losses)}"] if losses else []
 
 
 def speedup(arm: Mapping[str, Any], spread: bool = False) -> str:

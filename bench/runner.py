@@ -24,6 +24,8 @@ from accel.errors import OptionError
 # drafter that remembers earlier outputs would then know the answer
 WARMUP_PROMPT = "Name three colours."
 WARMUP_TOKENS = 4
+# between the seeds of two prompts: more than anybody's repetitions
+_SEEDS_APART = 1_000_003
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,10 @@ class Runner:
                 for arm in _rotated(self.arms, index + repetition):
                     if arm.name not in self.broken:
                         record = Record(prompt.id, prompt.category, prompt.group, arm.name, turn, repetition)
-                        of_turn.append(self._measure_arm(arm, input_ids, record, prompt))
+                        record.temperature = self.settings.temperature
+                        # arms share a seed; prompts do not, or one lucky draw would be every prompt's
+                        seed = self.settings.seed + repetition + _SEEDS_APART * index
+                        of_turn.append(self._measure_arm(arm, input_ids, record, prompt, seed))
             reference = next(record.tokens for record in of_turn if record.arm == self.reference)
             self._judge(input_ids, reference, of_turn)
             # every arm is asked the next turn after the same reply
@@ -102,12 +107,12 @@ class Runner:
             records += of_turn
         return records
 
-    def _measure_arm(self, arm: Arm, input_ids: Tensor, record: Record, prompt: Prompt) -> Record:
+    def _measure_arm(self, arm: Arm, input_ids: Tensor, record: Record, prompt: Prompt, seed: int) -> Record:
         self.progress(prompt, arm.name)
         try:
             with arm.prepare(self.model):
                 self._generate_warmup(arm)
-                torch.manual_seed(self.settings.seed + record.repetition)
+                torch.manual_seed(seed)
                 return run(arm, self.model, input_ids, self._kwargs, record)
         except Exception as error:  # a broken arm must not cost the others their measurements
             if arm.name == self.reference:

@@ -31,25 +31,61 @@ def document(
     keep_records: bool = True,
 ) -> dict[str, Any]:
     """Everything a run found. Records are kept while it is incomplete, because a resumed run needs them."""
-    by_arm = {name: [record for record in records if record.arm == name] for name in arms}
-    failed = {name for name, runs in by_arm.items() if any(run.verdict == gate.FAILED for run in runs)}
+    by_arm = split(records, arms)
+    failed = failures(by_arm)
     groups = list(dict.fromkeys(record.group for record in records))
-    result: dict[str, Any] = {
+    result = frame(
+        settings=settings, environment=environment, command=command, date=date, complete=complete, notes=notes
+    ) | {
+        "reference": reference,
+        "arms": figures(by_arm, reference),
+        "groups": {group: _group(group, by_arm, reference, failed) for group in groups},
+    }
+    return result | kept(records, keep_records or not complete)
+
+
+def frame(
+    *,
+    settings: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    command: str,
+    date: str,
+    complete: bool,
+    notes: Iterable[str] = (),
+) -> dict[str, Any]:
+    """What stands in every document, whatever was compared."""
+    return {
         "version": VERSION,
         "tool": "accel bench",
         "date": date,
         "command": command,
         "complete": complete,
-        "reference": reference,
         "settings": dict(settings),
         "environment": dict(environment),
         "notes": list(notes),
-        "arms": {name: _arm(name, by_arm, reference, failed) for name in arms},
-        "groups": {group: _group(group, by_arm, reference, failed) for group in groups},
     }
-    if keep_records or not complete:
-        result["records"] = [record.as_dict() for record in records]
-    return result
+
+
+def kept(records: Iterable[Record], keep: bool) -> dict[str, Any]:
+    """The records as they stand in a document."""
+    return {"records": [record.as_dict() for record in records]} if keep else {}
+
+
+def split(records: Iterable[Record], arms: Iterable[str]) -> dict[str, list[Record]]:
+    """The records of each arm."""
+    records = list(records)
+    return {name: [record for record in records if record.arm == name] for name in arms}
+
+
+def failures(by_arm: Mapping[str, list[Record]]) -> set[str]:
+    """The arms of which the gate refused an output: they get no speed-up."""
+    return {name for name, runs in by_arm.items() if any(run.verdict == gate.FAILED for run in runs)}
+
+
+def figures(by_arm: Mapping[str, list[Record]], reference: str) -> dict[str, dict[str, Any]]:
+    """One flat dictionary an arm."""
+    failed = failures(by_arm)
+    return {name: _arm(name, by_arm, reference, failed) for name in by_arm}
 
 
 def _arm(name: str, by_arm: Mapping[str, list[Record]], reference: str, failed: set[str]) -> dict[str, Any]:
@@ -73,9 +109,9 @@ def _arm(name: str, by_arm: Mapping[str, list[Record]], reference: str, failed: 
         **metrics.describe("tpot_ms", (value for value in tpots if value is not None)),
         **metrics.describe("itl_ms", (gap for run in runs for gap in metrics.itl_ms(run.times))),
         **metrics.describe("e2el_ms", (1e3 * value for value in seconds)),
-        **_speedup("speedup", _ratios(base, runs) if valid else []),
+        **speedup("speedup", ratios(base, runs) if valid else []),
         "speedup_of_means": metrics.speedup_of_means(_rates(base), _rates(runs)) if valid else None,
-        **_speedup("speedup_vs_plain", _ratios(by_arm[PLAIN], runs) if plain else []),
+        **speedup("speedup_vs_plain", ratios(by_arm[PLAIN], runs) if plain else []),
         "mean_accepted_length": drafting.tau,
         "acceptance_rate": drafting.acceptance,
         "mean_draft_length": drafting.gamma,
@@ -108,23 +144,23 @@ def _group(group: str, by_arm: Mapping[str, list[Record]], reference: str, faile
     return {
         name: {
             "prompts": len({run.prompt for run in runs[name]}),
-            **_speedup("speedup", [] if {name, reference} & failed else _ratios(runs[reference], runs[name])),
+            **speedup("speedup", [] if {name, reference} & failed else ratios(runs[reference], runs[name])),
         }
         for name in by_arm
     }
 
 
-def _ratios(base: Sequence[Record], runs: Sequence[Record]) -> list[float]:
-    """One paired ratio for every prompt and turn that both have; runs are matched by repetition."""
-    ratios = []
+def ratios(base: Sequence[Record], runs: Sequence[Record]) -> list[float]:
+    """One paired ratio of tokens/s for every prompt and turn that both have; runs are matched by repetition."""
+    found = []
     theirs, ours = _by_prompt(base), _by_prompt(runs)
     for key in theirs.keys() & ours.keys():
         repetitions = sorted(theirs[key].keys() & ours[key].keys())
         ratio = metrics.paired_ratio([theirs[key][r] for r in repetitions], [ours[key][r] for r in repetitions])
         if ratio is not None:
-            ratios.append(ratio)
+            found.append(ratio)
     # a set has no order, and the bootstrap's draws depend on it
-    return sorted(ratios)
+    return sorted(found)
 
 
 def _by_prompt(runs: Sequence[Record]) -> dict[Run, dict[int, tuple[int, float]]]:
@@ -152,8 +188,9 @@ def _drafting(runs: Sequence[Record]) -> metrics.Drafting:
     return metrics.Drafting(tau=sum(run.output_tokens for run in runs) / chunks) if chunks else metrics.Drafting()
 
 
-def _speedup(key: str, ratios: Sequence[float]) -> dict[str, float | None]:
-    found = metrics.paired_speedup(ratios)
+def speedup(key: str, paired: Sequence[float]) -> dict[str, float | None]:
+    """The median of paired ratios and its spreads under flat keys; None where there are none."""
+    found = metrics.paired_speedup(paired)
     return {
         key: found.median if found else None,
         f"{key}_p20": found.p20 if found else None,

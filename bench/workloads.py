@@ -18,6 +18,10 @@ MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", 
 CONVERSATION = "multi-turn"
 
 KEYS = ("question_id", "category", "turns")
+# what a file may hold, for messages
+LINES = f"JSON lines with {', '.join(KEYS)} as in Spec-Bench, or with question (and answer) as in GSM8K"
+# GSM8K's answers end in this mark and the number that is asked for
+GSM8K_MARK = "####"
 EMBEDDED = Path(__file__).parent / "data" / "prompts.jsonl"
 
 
@@ -27,11 +31,12 @@ class WorkloadError(AccelError, ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: ``turns`` are the user's messages in order."""
+    """One question: ``turns`` are the user's messages in order; ``answer`` is the file's own, where it has one."""
 
     id: str
     category: str
     turns: tuple[str, ...]
+    answer: str | None = None
 
     @property
     def group(self) -> str:
@@ -40,18 +45,24 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named set of prompts with its defaults; ``limit`` is prompts per task group, None is all."""
+    """A named set of prompts with its defaults; ``limit`` is prompts per task group, None is all.
+
+    ``file``: whether the prompts come from a file, "never", "always", or "maybe" (else they are the embedded ones,
+    ``limit`` of each group).
+    """
 
     help: str
     max_new_tokens: int
     limit: int | None
-    needs_file: bool = False
+    file: str = "never"
 
 
 SUITES = {
     # sized for about three minutes on two CPU cores with six arms and a model of 135M parameters
     "default": Suite("an embedded sample of Spec-Bench: 18 prompts, 3 a task group", max_new_tokens=64, limit=1),
-    "spec-bench": Suite("a Spec-Bench JSONL file, given with --prompts", 128, limit=None, needs_file=True),
+    "spec-bench": Suite("a JSONL file, given with --prompts", 128, limit=None, file="always"),
+    "drafts": Suite("several draft models side by side, greedy and at temperature 1", 96, limit=1, file="maybe"),
+    "lenience": Suite("what a lossy draft gains and what it costs in quality", 256, limit=None, file="always"),
 }
 
 
@@ -70,24 +81,29 @@ def suite(name: str) -> Suite:
 def load_suite(name: str, file: Path | None = None, limit: int | None = None) -> list[Prompt]:
     """The prompts of suite ``name``, at most ``limit`` of each task group (None: the suite's own default)."""
     found = suite(name)
-    if found.needs_file and file is None:
-        raise OptionError(f"suite {name!r} reads a file: give it with --prompts FILE (JSON lines: {', '.join(KEYS)})")
-    if file is not None and not found.needs_file:
+    if file is None and found.file == "always":
+        raise OptionError(f"suite {name!r} reads a file: give it with --prompts FILE ({LINES})")
+    if file is not None and found.file == "never":
         raise OptionError(f"suite {name!r} brings its own prompts: use --suite spec-bench with --prompts {file}")
-    limit = found.limit if limit is None else limit
     prompts = load_jsonl(EMBEDDED if file is None else file)
+    if limit is None and file is None:
+        limit = found.limit
     return prompts if limit is None else sample(prompts, limit)
 
 
 def load_jsonl(path: str | Path) -> list[Prompt]:
-    """Read JSON lines in Spec-Bench's format: ``question_id``, ``category`` and ``turns`` on every line."""
+    """Read JSON lines: ``question_id``, ``category`` and ``turns`` (Spec-Bench), or ``question`` and ``answer``.
+
+    A question's id is the number of its line. Its category is "gsm8k" where the answer has GSM8K's mark before the
+    number that is asked for, else "question"; the answer may be missing.
+    """
     path = Path(path)
     try:
         # not splitlines(): a JSON string may hold U+2028 and its like as they are
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise WorkloadError(f"cannot read prompts from {path}: {error}") from error
-    prompts = [_parse(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_parse(line, f"{path}:{number}", number) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise WorkloadError(f"{path} holds no prompts: expected one JSON object a line")
     seen: set[str] = set()
@@ -98,22 +114,34 @@ def load_jsonl(path: str | Path) -> list[Prompt]:
     return prompts
 
 
-def _parse(line: str, where: str) -> Prompt:
+def _parse(line: str, where: str, number: int) -> Prompt:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise WorkloadError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(row, dict):
         raise WorkloadError(f"{where}: expected a JSON object, got {type(row).__name__}")
+    if "question" in row and "turns" not in row:
+        return _question(row, where, number)
     missing = [key for key in KEYS if key not in row]
     if missing:
-        raise WorkloadError(f"{where}: missing {', '.join(missing)}; each line needs {', '.join(KEYS)}")
+        raise WorkloadError(f"{where}: missing {', '.join(missing)}; expected {LINES}")
     if not isinstance(row["question_id"], (int, str)) or not isinstance(row["category"], str):
         raise WorkloadError(f"{where}: question_id must be a number or a string and category a string")
     turns = row["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
         raise WorkloadError(f"{where}: turns must be a list of one or more non-empty strings, got {turns!r:.60}")
     return Prompt(str(row["question_id"]), row["category"], tuple(turns))
+
+
+def _question(row: dict[str, Any], where: str, number: int) -> Prompt:
+    question, answer = row["question"], row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise WorkloadError(f"{where}: question must be a non-empty string, got {question!r:.60}")
+    if answer is not None and not isinstance(answer, str):
+        raise WorkloadError(f"{where}: answer must be a string, got {answer!r:.60}")
+    category = "gsm8k" if answer is not None and GSM8K_MARK in answer else "question"
+    return Prompt(str(number), category, (question,), answer)
 
 
 def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
@@ -137,8 +165,9 @@ def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """A sha256 that changes when any prompt, or their order, does."""
-    text = json.dumps([(p.id, p.category, p.turns) for p in prompts], ensure_ascii=False)
+    """A sha256 that changes when any prompt, its answer, or their order does."""
+    rows = [(p.id, p.category, p.turns, *([] if p.answer is None else [p.answer])) for p in prompts]
+    text = json.dumps(rows, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

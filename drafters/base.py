@@ -36,9 +36,9 @@ class Ask:
 
     ``max_tokens`` bounds the guess. ``sample`` asks for tokens drawn from the drafter's distribution (with
     ``probs``) where it has one; ``warp`` [n, V] → [n, V] applies the row's own temperature and truncation to the
-    drafter's logits; unless it ``names_tokens``, V may be any part of the vocabulary. ``keep_going(confidences) -> bool`` is asked after each token by drafters whose tokens cost
-    something: False ends the row's draft early. ``free_only``: of a drafter with several parts, only those whose
-    tokens cost nothing are to be asked.
+    drafter's logits; unless it ``names_tokens``, V may be any part of the vocabulary. ``keep_going(confidences) ->
+    bool`` is asked after each token by drafters whose tokens cost something: False ends the row's draft early.
+    ``free_only``: of a drafter with several parts, only those whose tokens cost nothing are to be asked.
     """
 
     row: int

@@ -5,111 +5,199 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from accel.cli.common import DEFAULT_MODEL, Progress
+from accel.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
+    from accel.bench.runner import Settings
+    from accel.bench.session import Plan
     from accel.bench.workloads import Prompt
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
+_ALWAYS = {"suite", "threads", "device", "as_json", "output"}
+_ASKING = _ALWAYS | {"model", "dtype", "artifacts", "limit", "max_new_tokens", "repeat", "seed", "resume"}
+_ASKING |= {"html_file", "save_detailed"}
+# suite → the options that it uses; any other is refused
+USES = {
+    "default": _ASKING | {"turns", "arms", "temperature"},
+    "spec-bench": _ASKING | {"turns", "arms", "temperature", "prompt_file"},
+    "drafts": _ASKING | {"prompt_file", "draft_length", "svg_file"},
+    "lenience": _ASKING | {"prompt_file", "draft_length", "svg_file", "temperature", "epsilon"},
+    "steps": _ALWAYS | {"model", "dtype"},
+    "kernels": _ALWAYS | {"arms"},
+}
+
 
 @click.command("bench")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("-a", "--artifact", "artifacts", multiple=True, metavar="ARTIFACT", help="A draft model: folder or name.")
-@click.option("--suite", help="default (embedded prompts), spec-bench (reads --prompts), steps, or kernels.")
-@click.option("--prompts", "prompt_file", type=FILE, help="Spec-Bench JSON lines: question_id, category, turns.")
-@click.option("--limit", type=int, help="Prompts of each task group. [default suite: 1; spec-bench: all]")
+@click.option(
+    "-a",
+    "--artifact",
+    "artifacts",
+    multiple=True,
+    metavar="ARTIFACT",
+    help="A draft model: folder or name; repeatable with --suite drafts.",
+)
+@click.option(
+    "--suite", help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, steps, kernels."
+)
+@click.option(
+    "--prompts",
+    "prompt_file",
+    type=FILE,
+    help="JSON lines: question_id, category, turns (Spec-Bench), or question, answer (GSM8K).",
+)
+@click.option("--limit", type=int, help="Prompts of each task group. [embedded prompts: 1; from a file: all]")
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
-@click.option("--max-new-tokens", type=int, help="Tokens to generate. [default suite: 64; spec-bench: 128]")
+@click.option(
+    "--max-new-tokens",
+    type=int,
+    help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256]",
+)
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="Runs of each arm on each prompt.")
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 is greedy; above, sample.")
+@click.option("--temperature", type=float, help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs.")
+@click.option(
+    "--draft-length",
+    metavar="N[,N…]",
+    default="3",
+    show_default=True,
+    help="drafts and lenience: tokens drafted a round; drafts takes several.",
+)
+@click.option(
+    "--epsilon", metavar="E[,E…]", default="0.5,0.2,0.05", show_default=True, help="lenience: the ε of each rule."
+)
 @click.option("--threads", type=int, help="CPU threads of torch.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="auto", show_default=True, help="auto, float32, bfloat16 or float16.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of tables.")
 @click.option("--output", type=FILE, help="Save the JSON document here, again after every prompt.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --output, same options.")
-@click.option("--html", "html_file", type=FILE, help="Save a self-contained page with tables and bars.")
+@click.option("--html", "html_file", type=FILE, help="Save a self-contained page with tables and bars or plots.")
+@click.option("--svg", "svg_file", type=FILE, help="drafts and lenience: save the plots alone.")
 @click.option("--save-detailed", is_flag=True, help="Keep every run's tokens and times in the document.")
-def bench(
-    model: str,
-    artifacts: tuple[str, ...],
-    suite: str | None,
-    prompt_file: Path | None,
-    limit: int | None,
-    turns: int,
-    max_new_tokens: int | None,
-    arms: str | None,
-    repeat: int,
-    temperature: float,
-    seed: int,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    as_json: bool,
-    output: Path | None,
-    resume: bool,
-    html_file: Path | None,
-    save_detailed: bool,
-) -> None:
+@click.pass_context
+def bench(context: click.Context, model: str, suite: str | None, **given: Any) -> None:
     """Measure MODEL with transformers' own generate and with accel, on the same weights and prompts.
 
-    Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same. The suite
-    `steps` measures what one target step costs by the number of positions it verifies. The suite `kernels` takes no
-    MODEL: it times every kernel family on --device against the machine's own bandwidth and other implementations.
+    Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same. An option
+    that a suite does not use is refused.
+
+    `drafts` compares draft models, greedy and at temperature 1, with each other and with what theory promises.
+    `lenience` shows what lossy acceptance of a draft's tokens gains and what it costs in quality. `steps` measures
+    what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it times every kernel
+    family on --device against the machine's own bandwidth and other implementations.
     """
+    # a file without a suite holds prompts for the usual arms
+    suite = suite or ("spec-bench" if given["prompt_file"] else "default")
+    _refuse_unused(context, suite)
     if suite == "steps":
-        _bench_steps(model, threads, device, dtype, as_json, output)
-        return
-    if suite == "kernels":
-        _bench_kernels(arms, threads, device, as_json, output)
-        return
+        _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
+    elif suite == "kernels":
+        _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
+    else:
+        _bench_prompts(model, suite, given)
+
+
+def _refuse_unused(context: click.Context, suite: str) -> None:
+    if suite not in USES:
+        raise OptionError(unknown_name("suite", suite, USES))
+    for parameter in context.command.params:
+        name = parameter.name
+        was_given = name and context.get_parameter_source(name) not in (ParameterSource.DEFAULT, None)
+        if was_given and name not in USES[suite]:
+            what = parameter.opts[-1] if isinstance(parameter, click.Option) else "MODEL"
+            users = ", ".join(other for other, uses in USES.items() if name in uses)
+            raise OptionError(f"suite {suite!r} does not use {what}: leave it out (used by: {users})")
+
+
+def _bench_prompts(model: str, suite: str, given: dict[str, Any]) -> None:
+    """Suites that ask a model: the usual arms, drafts and lenience."""
     # torch takes seconds to import: not for --help
-    from accel.bench import html, report, saving, session, workloads
+    from accel.bench import plot, saving, workloads
     from accel.bench.runner import Settings
 
-    # a file without a suite is in Spec-Bench's format
-    suite = suite or ("spec-bench" if prompt_file else "default")
-    plan = session.Plan(
-        model=model,
-        artifacts=artifacts,
-        suite=suite,
-        prompt_file=prompt_file,
-        limit=limit,
-        arms=arms,
-        settings=Settings(
-            max_new_tokens=workloads.suite(suite).max_new_tokens if max_new_tokens is None else max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            repeat=repeat,
-            turns=turns,
-        ),
-        threads=threads,
-        device=device,
-        dtype=dtype,
-        output=output,
-        resume=resume,
-        save_detailed=save_detailed,
-        command=shlex.join(["accel", *sys.argv[1:]]),
+    tokens, temperature = given["max_new_tokens"], given["temperature"]
+    if temperature is None:
+        temperature = 1.0 if suite == "lenience" else 0.0
+    settings = Settings(
+        max_new_tokens=workloads.suite(suite).max_new_tokens if tokens is None else tokens,
+        temperature=temperature,
+        seed=given["seed"],
+        repeat=given["repeat"],
+        turns=given["turns"],
     )
+    chosen = _suite(model, suite, settings, given)
+    with Progress() as progress:
+        document = chosen.carry_out(chosen.plan, _teller(progress))
+    if given["html_file"]:
+        saving.write(given["html_file"], chosen.page(document))
+    if given["svg_file"]:
+        saving.write(given["svg_file"], plot.page(chosen.charts(document)))
+    click.echo(saving.dump(document) if given["as_json"] else chosen.terminal(document), nl=False)
+
+
+class _Suite(NamedTuple):
+    """A plan, what carries it out, and what shows the document."""
+
+    plan: Plan
+    carry_out: Callable[..., dict[str, Any]]
+    terminal: Callable[[dict[str, Any]], str]
+    page: Callable[[dict[str, Any]], str]
+    charts: Callable[[dict[str, Any]], list[Any]] = lambda document: []
+
+
+def _suite(model: str, suite: str, settings: Settings, given: dict[str, Any]) -> _Suite:
+    from accel.bench import drafts, drafts_report, html, lenience, lenience_report, report, session
+
+    names = ("artifacts", "prompt_file", "limit", "arms", "threads", "device", "dtype")
+    common = {name: given[name] for name in (*names, "output", "resume", "save_detailed")}
+    common |= {"model": model, "suite": suite, "settings": settings}
+    common["command"] = shlex.join(["accel", *sys.argv[1:]])
+    if suite == "drafts":
+        compared = drafts.DraftsPlan(draft_lengths=_numbers("draft-length", given, int), **common)
+        shown = drafts_report
+        return _Suite(compared, drafts.carry_out, shown.terminal, shown.page, shown.charts)
+    if suite == "lenience":
+        lengths = _numbers("draft-length", given, int)
+        if len(lengths) != 1:
+            raise OptionError(f"--draft-length {given['draft_length']}: suite 'lenience' takes one")
+        lossy = lenience.LeniencePlan(draft_length=lengths[0], epsilons=_numbers("epsilon", given, float), **common)
+        return _Suite(lossy, lenience.carry_out, lenience_report.terminal, lenience_report.page, lenience_report.charts)
+    return _Suite(session.Plan(**common), session.carry_out, report.terminal, html.page)
+
+
+def _numbers(option: str, given: dict[str, Any], kind: Callable[[str], Any]) -> tuple[Any, ...]:
+    """``3,5`` → ``(3, 5)``."""
+    text: str = given[option.replace("-", "_")]
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise OptionError(f"--{option} {text!r}: give numbers, separated by commas") from None
+
+
+def _teller(progress: Progress) -> Callable[[int, int, Prompt, str], None]:
+    """Progress as one line, with the time that is left at the pace so far."""
     started = time.monotonic()
 
     def told(done: int, total: int, prompt: Prompt, arm: str) -> None:
+        nonlocal started
+        if done == 0:
+            # loading is over, or another stage begins
+            started = time.monotonic()
         left = f" · about {(time.monotonic() - started) / done * (total - done):.0f} s left" if done else ""
         progress(f"{done}/{total} · prompt {prompt.id} ({prompt.category}) · {arm}{left}")
 
-    with Progress() as progress:
-        document = session.carry_out(plan, told)
-    if html_file:
-        saving.write(html_file, html.page(document))
-    click.echo(saving.dump(document) if as_json else report.terminal(document), nl=False)
+    return told
 
 
 def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_json: bool, output: Path | None) -> None:

@@ -15,6 +15,7 @@ from accel.bench.metrics import (
     paired_speedup,
     speedup_of_means,
     tpot_ms,
+    wilson,
 )
 
 
@@ -100,3 +101,13 @@ def test_drafting_without_drafts_promises_nothing():
     assert drafting([]).tau is None
     unknown_cost = drafting([DraftCounts(10, 10, 5, None)])
     assert (unknown_cost.tau, unknown_cost.predicted) == (1.5, None)
+
+
+def test_wilson_interval_covers_the_share_and_stays_a_share():
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20
+    assert wilson(81, 263) == (pytest.approx(0.2553, abs=1e-4), pytest.approx(0.3662, abs=1e-4))
+    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=1e-4))
+    assert wilson(20, 20) == (pytest.approx(1 - 0.1611, abs=1e-4), pytest.approx(1))
+    for successes, trials in ((1, 0), (3, 2), (-1, 4)):
+        with pytest.raises(ValueError, match="no such share"):
+            wilson(successes, trials)

@@ -46,7 +46,11 @@ def test_sample_spreads_a_group_over_its_categories_and_keeps_the_order():
     [
         ("{", r":2: not JSON"),
         ("[1]", r":2: expected a JSON object, got list"),
-        ('{"question_id": 1}', r":2: missing category, turns"),
+        ('{"question_id": 1}', r":2: missing category, turns; expected JSON lines with .* or with question"),
+        ('{"prompt": "x"}', r":2: missing question_id, category, turns; expected"),
+        ('{"question": " "}', r":2: question must be a non-empty string"),
+        ('{"question": ["x"]}', r":2: question must be a non-empty string"),
+        ('{"question": "x", "answer": 3}', r":2: answer must be a string"),
         ('{"question_id": 1, "category": "qa", "turns": "x"}', r":2: turns must be a list"),
         ('{"question_id": 1, "category": "qa", "turns": []}', r":2: turns must be a list"),
         ('{"question_id": 1, "category": "qa", "turns": [" "]}', r":2: turns must be a list"),
@@ -59,6 +63,29 @@ def test_a_bad_line_is_named_with_what_is_wrong(tmp_path, line, message):
     file.write_text('{"question_id": 7, "category": "qa", "turns": ["x"]}\n' + line + "\n")
     with pytest.raises(WorkloadError, match=message):
         load_jsonl(file)
+
+
+def test_questions_are_prompts_with_their_answers(tmp_path):
+    file = tmp_path / "gsm8k.jsonl"
+    rows = [{"question": "How many?", "answer": "1 + 1 = 2\n#### 2"}, {"question": "Why?"}, {"question": "Who?"}]
+    file.write_text("\n\n".join(json.dumps(row) for row in rows))
+    prompts = load_jsonl(file)
+    # ids are the lines' numbers, also where lines are empty
+    assert [(p.id, p.category, p.answer) for p in prompts] == [
+        ("1", "gsm8k", "1 + 1 = 2\n#### 2"),
+        ("3", "question", None),
+        ("5", "question", None),
+    ]
+    assert prompts[0].turns == ("How many?",)
+    assert len(load_suite("spec-bench", file)) == len(load_suite("drafts", file)) == 3
+    # of each group
+    assert len(load_suite("lenience", file, limit=1)) == 2
+
+
+def test_a_suite_that_may_read_a_file_asks_the_embedded_prompts_without_one():
+    assert load_suite("drafts") == load_suite("default")
+    with pytest.raises(OptionError, match="suite 'lenience' reads a file"):
+        load_suite("lenience")
 
 
 def test_unreadable_and_empty_files(tmp_path):
@@ -77,7 +104,7 @@ def test_line_separators_inside_strings_do_not_split_a_line(tmp_path):
 
 
 def test_suites_say_what_they_need(tmp_path):
-    with pytest.raises(OptionError, match=r"unknown suite 'x': choose from default, spec-bench"):
+    with pytest.raises(OptionError, match=r"unknown suite 'x': choose from default, drafts, lenience, spec-bench"):
         load_suite("x")
     with pytest.raises(OptionError, match="--prompts FILE"):
         load_suite("spec-bench")
@@ -89,6 +116,9 @@ def test_digest_depends_on_content_and_order():
     one, two = Prompt("1", "qa", ("a",)), Prompt("2", "qa", ("a",))
     assert digest([one, two]) == digest([one, two]) != digest([two, one])
     assert digest([one]) != digest([Prompt("1", "qa", ("b",))])
+    assert (
+        digest([one]) != digest([Prompt("1", "qa", ("a",), "#### 3")]) != digest([Prompt("1", "qa", ("a",), "#### 4")])
+    )
 
 
 def test_encode_without_a_template_joins_the_turns(tokenizer):

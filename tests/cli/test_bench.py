@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import accel
-from accel.bench import session
+from accel.bench import drafts, environment, session
 from accel.cli.bench import DEFAULT_MODEL, bench
 from accel.errors import AccelError
 
@@ -127,6 +128,44 @@ def test_every_option_reaches_the_plan(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("suite", "own", "temperature", "tokens"),
+    [
+        ("drafts", {"draft_lengths": (3, 5)}, 0.0, 96),
+        ("lenience", {"draft_length": 4, "epsilons": (0.5, 0.1)}, 1.0, 256),
+    ],
+)
+def test_suites_with_drafts_get_their_own_plan(monkeypatch, suite, own, temperature, tokens):
+    plans = []
+
+    def carry_out(plan, progress):
+        plans.append(plan)
+        raise AccelError("enough")
+
+    monkeypatch.setattr(import_module(f"accel.bench.{suite}"), "carry_out", carry_out)
+    words = f"m -a d --suite {suite} --prompts p.jsonl --limit 3 --repeat 2 --seed 6 --output o.json --resume"
+    words += " --draft-length 3,5" if suite == "drafts" else " --draft-length 4 --epsilon 0.5,0.1"
+    with pytest.raises(AccelError, match="enough"):
+        CliRunner().invoke(bench, words.split(), catch_exceptions=False)
+    (plan,) = plans
+    assert {name: getattr(plan, name) for name in own} == own
+    assert plan.settings == session.Settings(max_new_tokens=tokens, temperature=temperature, seed=6, repeat=2)
+    assert (plan.model, plan.artifacts, plan.limit, plan.resume) == ("m", ("d",), 3, True)
+    assert (plan.prompt_file, plan.output) == (Path("p.jsonl"), Path("o.json"))
+
+
+def test_plots_are_saved_alone_and_in_the_page(monkeypatch, tmp_path):
+    document = {"arms": {}, "drafts": {}, "rows": [], "prompts": 0, "complete": True, "notes": []}
+    document |= {"settings": {"draft_lengths": [3], "model": "m", "dtype": "f", "max_new_tokens": 1, "repeat": 1}}
+    document |= {"environment": environment.describe(), "command": "", "date": ""}
+    monkeypatch.setattr(drafts, "carry_out", lambda plan, progress: document)
+    files = tmp_path / "p.svg", tmp_path / "p.html"
+    words = ["-a", "d", "--suite", "drafts", "--svg", str(files[0]), "--html", str(files[1])]
+    result = CliRunner().invoke(bench, words, catch_exceptions=False)
+    assert result.exit_code == 0 and "greedy and at temperature 1" in result.stdout
+    assert files[0].read_text().startswith("<svg") and files[1].read_text().count("<svg") == 2
+
+
 def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"question_id": 1, "category": "qa", "turns": ["x"]}\n')
@@ -138,7 +177,7 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "mt"], "unknown suite 'mt': choose from default, spec-bench"),
+        (["--suite", "mt"], "unknown suite 'mt': choose from default, drafts, kernels, lenience, spec-bench, steps"),
         (["--suite", "spec-bench"], "--prompts FILE"),
         (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
         (["--arms", "fast"], "unknown arm 'fast'"),
@@ -147,7 +186,24 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
         (["--limit", "0"], "limit=0"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--temperature", "-1"], "temperature=-1"),
-        (["-a", "x", "-a", "y"], "2 artifacts"),
+        (["-a", "x", "-a", "y"], "2 artifacts.*--suite drafts"),
+        (["--suite", "drafts"], "one or more with -a"),
+        (["--suite", "drafts", "-a", "x", "--draft-length", "3,x"], "--draft-length '3,x': give numbers"),
+        (["--suite", "drafts", "-a", "x", "--draft-length", "0"], "draft_length=0"),
+        (["--suite", "lenience", "--prompts", "p", "-a", "x", "--draft-length", "3,5"], "takes one"),
+        (["--suite", "lenience", "--prompts", "p"], "takes one draft model"),
+        (["--suite", "lenience", "--prompts", "p", "-a", "x", "--epsilon", "2"], "ε=2.0"),
+        (["--suite", "lenience", "-a", "x"], "--prompts FILE"),
+        # nothing is ignored in silence
+        (["--suite", "drafts", "-a", "x", "--temperature", "1"], "'drafts' does not use --temperature"),
+        (["--suite", "lenience", "-a", "x", "--turns", "2"], "'lenience' does not use --turns"),
+        (["--suite", "lenience", "-a", "x", "--arms", "lin 0.5"], "'lenience' does not use --arms"),
+        (["--epsilon", "0.5"], r"'default' does not use --epsilon: leave it out \(used by: lenience\)"),
+        (["--svg", "x.svg"], "'default' does not use --svg"),
+        (["--suite", "steps", "-a", "x"], "'steps' does not use --artifact"),
+        (["--suite", "steps", "--temperature", "0"], "'steps' does not use --temperature"),
+        (["some/model", "--suite", "kernels"], "'kernels' does not use MODEL"),
+        (["--suite", "kernels", "--limit", "2"], "'kernels' does not use --limit"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(run, words, message):
