@@ -49,8 +49,10 @@ def finds(path: Path, patterns: list[str]) -> list[str]:
 
 def test_files_stay_small(root: Path) -> None:
     sizes = {path: path.stat().st_size for path in project_files(root)}
-    assert not [f"{path} has {size:,} bytes" for path, size in sizes.items() if size > MAX_BYTES]
-    assert sum(size for path, size in sizes.items() if root / "accel" / "zoo" in path.parents) <= MAX_ZOO_BYTES
+    # weights are few and large: they are bounded together
+    zoo = {path for path in sizes if root / "accel" / "zoo" in path.parents and path.suffix == ".safetensors"}
+    assert not [f"{path} has {size:,} bytes" for path, size in sizes.items() if size > MAX_BYTES and path not in zoo]
+    assert sum(sizes[path] for path in zoo) <= MAX_ZOO_BYTES
 
 
 def test_sources_run_no_input(root: Path) -> None:

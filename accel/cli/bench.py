@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 from click.core import ParameterSource
 
-from accel.cli.common import DEFAULT_MODEL, Progress
+from accel.cli.common import DEFAULT_DRAFT, DEFAULT_MODEL, Progress
 from accel.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ USES = {
     "artifacts",
     multiple=True,
     metavar="ARTIFACT",
-    help="A draft model: folder or name; repeatable with --suite drafts.",
+    help="A draft model: folder or name; repeatable with --suite drafts. [default model: the draft that ships with it]",
 )
 @click.option(
     "--suite", help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, steps, kernels."
@@ -162,6 +162,8 @@ def _suite(model: str, suite: str, settings: Settings, given: dict[str, Any]) ->
     names = ("artifacts", "prompt_file", "limit", "arms", "threads", "device", "dtype")
     common = {name: given[name] for name in (*names, "output", "resume", "save_detailed")}
     common |= {"model": model, "suite": suite, "settings": settings}
+    if not common["artifacts"] and model == DEFAULT_MODEL:
+        common["artifacts"] = (DEFAULT_DRAFT,)
     common["command"] = shlex.join(["accel", *sys.argv[1:]])
     if suite == "drafts":
         compared = drafts.DraftsPlan(draft_lengths=_numbers("draft-length", given, int), **common)

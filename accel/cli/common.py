@@ -21,6 +21,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # the table's default (accel.models.aliases), repeated because reading it there would import torch
 DEFAULT_MODEL = "smollm2-135m-instruct"
+# the draft model that ships with accel for it
+DEFAULT_DRAFT = "smollm2-135m-draft"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 

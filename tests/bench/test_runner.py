@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from accel.bench import gate
+from accel.bench import arms as bench_arms
 from accel.bench.arms import Arm, all_arms, check, choose, find_draft, reference_of
 from accel.bench.measure import StampStreamer
 from accel.bench.runner import WARMUP_TOKENS, Runner, Settings
@@ -257,6 +258,20 @@ def test_a_draft_transformers_cannot_use_goes_to_accel_by_name(fake_accel, model
     assert (draft.artifact, draft.assistant) == ("trimmed", None)
     assert draft.reason == "trimmed is not a transformers model (not a model)"
     assert all_arms(draft)["transformers-assisted"].kwargs == {"prompt_lookup_num_tokens": 10}
+
+
+def test_an_artifact_is_read_once_and_never_looked_for_on_the_hub(fake_accel, model, monkeypatch, tmp_path):
+    read = []
+    monkeypatch.setattr(bench_arms, "drafter_from", lambda source, target: read.append(source) or "a drafter")
+    (tmp_path / "accel.json").write_text("{}")
+    draft = find_draft(str(tmp_path), model)
+    arms = all_arms(draft)
+    for name in ("accel-lm", "accel-auto"):
+        with arms[name].prepare(model):
+            pass
+    assert read == [str(tmp_path)] and fake_accel[0][1] == fake_accel[2][1] == ("a drafter",)
+    assert arms["transformers-assisted"].kwargs == {"prompt_lookup_num_tokens": 10}
+    assert draft.reason.endswith("is an artifact of accel")
 
 
 def test_choosing_arms():

@@ -1,0 +1,8 @@
+#!/bin/sh
+# Makes accel/zoo/smollm2-135m-draft with the accel that is on the PATH: about an hour and a half on two CPU cores that
+# multiply bf16, most of it for the target's answers. Goes on where it was killed.
+set -e
+cd "$(dirname "$0")"
+accel distill draft smollm2-135m-instruct --prompts prompts.jsonl --data target@0,target@1 --max-new-tokens 192 \
+  --dtype bfloat16 --layers 0 --vocabulary 7680 --loss fkl --batch-tokens 2048 --steps 1500 --seed 0 \
+  --work ../../../../build/smollm2-135m-draft --output ../../smollm2-135m-draft "$@"
