@@ -86,7 +86,9 @@ def test_wheel_holds_every_package_and_no_bare_folder(root: Path, wheel: zipfile
             assert f"{package.replace('.', '/')}/{inside.as_posix()}" in names, f"{path} is not in the wheel"
     for path in (root / "bench" / "data").rglob("*.jsonl"):
         assert f"accel/bench/data/{path.name}" in names
-    assert not [name for name in names if "/results/" in name]
+    assert not [name for name in names if "/results/" in name or "/recipes/" in name]
+    for path in (root / "accel" / "zoo").glob("*/accel.json"):
+        assert f"accel/zoo/{path.parent.name}/{path.name}" in names
 
 
 def test_every_folder_of_sources_is_a_package(root: Path) -> None:

@@ -173,10 +173,10 @@ def _costs(target: Any, recipe: Recipe) -> dict[str, Any]:
     from accel.methods.speculative.distill.student import HEAD_SIZES, Shape
 
     size = target.config.get_text_config(decoder=True)
-    asked = recipe.student_shape
+    asked = recipe.student_shape or Shape.of_layers(target, len(recipe.layers))
     widths = [width for width in _WIDTHS if width <= size.hidden_size] or [size.hidden_size]
     shapes = [Shape.of(layers, width) for layers in (1, 2) for width in widths if width % HEAD_SIZES[-1] == 0]
-    if asked is not None and asked not in shapes:
+    if asked not in shapes:
         shapes.insert(0, asked)
     candidates = cost.measure(target, shapes, min(recipe.vocabulary, size.vocab_size))
     # several positions cost a target more than one, on a CPU above all

@@ -27,6 +27,13 @@ def inner(rows: torch.Tensor) -> torch.Tensor:
     return rows @ rows.T
 
 
+@pytest.mark.parametrize("family", LLAMA_LIKE)
+def test_the_shape_of_layers_has_their_sizes(tiny, family):
+    target = tiny.build(family)
+    alike = build(target, Shape.of_layers(target, 1), None, start="random")
+    assert alike.num_parameters() == truncate(target, [0], None).num_parameters()
+
+
 def test_shapes_read_as_they_are_written():
     assert Shape.parse("1x256") == Shape(1, 256, 4, 4, 704)
     assert Shape.parse("30x576") == Shape(30, 576, 9, 9, 1536)

@@ -71,6 +71,15 @@ class Shape:
         heads = hidden // fitting[0]
         return cls(layers, hidden, heads, heads, -(-hidden * 8 // 3 // 32) * 32)
 
+    @classmethod
+    def of_layers(cls, target: PreTrainedModel, count: int) -> Shape:
+        """What ``count`` of the target's own layers come to."""
+        config = _config_of(target)
+        heads = config.num_attention_heads
+        # families without shared heads may leave that number out
+        shared = getattr(config, "num_key_value_heads", None) or heads
+        return cls(count, config.hidden_size, heads, shared, config.intermediate_size)
+
     def __str__(self) -> str:
         return "x".join(str(size) for size in astuple(self))
 
