@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from accel.bench import gate
 from accel.bench import arms as bench_arms
+from accel.bench import gate
 from accel.bench.arms import Arm, all_arms, check, choose, find_draft, reference_of
 from accel.bench.measure import StampStreamer
 from accel.bench.runner import WARMUP_TOKENS, Runner, Settings

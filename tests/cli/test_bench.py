@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 import accel
-from accel.bench import drafts, environment, session
-from accel.cli.bench import DEFAULT_MODEL, bench
+from accel.bench import arms, drafts, environment, session
+from accel.cli.bench import DEFAULT_DRAFT, DEFAULT_MODEL, bench
 from accel.errors import AccelError
 
 
@@ -48,8 +48,13 @@ class LetterTokenizer:
 
 @pytest.fixture
 def run(monkeypatch):
-    """Invoke the command on a fake runtime; ``run.loaded`` lists what was asked of accel.load."""
-    loaded = []
+    """Invoke the command on a fake runtime; ``run.loaded`` lists what was asked of accel.load, ``run.drafts`` whose
+    drafts were looked for."""
+    loaded, drafts = [], []
+
+    def find_draft(source, target, **options):
+        drafts.append(source)
+        return arms.Draft(source)
 
     def load(name, **options):
         loaded.append((name, options))
@@ -59,11 +64,12 @@ def run(monkeypatch):
     monkeypatch.setattr(accel, "attach", lambda model, *artifacts, **options: model, raising=False)
     monkeypatch.setattr(accel, "detach", lambda model: model, raising=False)
     monkeypatch.setattr(accel, "stats", lambda model: None, raising=False)
+    monkeypatch.setattr(arms, "find_draft", find_draft)
 
     def invoke(*words):
         return CliRunner().invoke(bench, words, catch_exceptions=False)
 
-    invoke.loaded = loaded
+    invoke.loaded, invoke.drafts = loaded, drafts
     return invoke
 
 
@@ -78,10 +84,12 @@ def test_no_arguments_print_the_table(run):
         "accel-plain ",
         "accel-ngram ",
         "accel-suffix ",
+        "accel-lm ",
         "accel-auto ",
     ):
         assert any(line.startswith(arm) for line in result.stdout.splitlines())
     assert run.loaded == [(DEFAULT_MODEL, {"device": "auto", "dtype": "auto"})]
+    assert run.drafts == [DEFAULT_DRAFT]
 
 
 def test_json_is_one_document_on_stdout_and_in_the_file(run, tmp_path):
@@ -89,6 +97,7 @@ def test_json_is_one_document_on_stdout_and_in_the_file(run, tmp_path):
     result = run("some/model", "--json", "--arms", "transformers,accel-auto", "--limit", "2", "--max-new-tokens", "5")
     document = json.loads(result.stdout)
     assert document["settings"]["model"] == "some/model"
+    assert run.drafts == []  # the draft that ships is for the default model alone
     assert document["arms"]["accel-auto"]["total_output_tokens"] == 12 * 5
     assert "records" not in document
     result = run("--json", "--output", str(output), "--html", str(page), "--save-detailed", "--arms", "accel-plain")
@@ -187,11 +196,11 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
         (["--max-new-tokens", "0"], "max_new_tokens=0"),
         (["--temperature", "-1"], "temperature=-1"),
         (["-a", "x", "-a", "y"], "2 artifacts.*--suite drafts"),
-        (["--suite", "drafts"], "one or more with -a"),
+        (["m", "--suite", "drafts"], "one or more with -a"),
         (["--suite", "drafts", "-a", "x", "--draft-length", "3,x"], "--draft-length '3,x': give numbers"),
         (["--suite", "drafts", "-a", "x", "--draft-length", "0"], "draft_length=0"),
         (["--suite", "lenience", "--prompts", "p", "-a", "x", "--draft-length", "3,5"], "takes one"),
-        (["--suite", "lenience", "--prompts", "p"], "takes one draft model"),
+        (["m", "--suite", "lenience", "--prompts", "p"], "takes one draft model"),
         (["--suite", "lenience", "--prompts", "p", "-a", "x", "--epsilon", "2"], "ε=2.0"),
         (["--suite", "lenience", "-a", "x"], "--prompts FILE"),
         # nothing is ignored in silence
