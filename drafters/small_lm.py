@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from accel.drafters.base import Ask, Draft
+from accel.drafters.draw import draw
 from accel.errors import AccelError, IncompatibleError
 from accel.models.softmax_target import SoftmaxTarget
 
@@ -163,7 +164,7 @@ class SmallLMDrafter:
             if draft.ask.warp is not None:
                 scores = draft.ask.warp(scores[None])[0]
             probabilities = scores.softmax(-1)
-            choice = int(torch.multinomial(probabilities.cpu(), 1, generator=draft.row.generator))
+            choice = draw(probabilities, draft.row.generator)
             token = choice if self._d2t is None or not own else int(self._d2t[choice])
             draft.probs.append(self._in_target_vocabulary(probabilities, 0.0) if own else probabilities)
         else:

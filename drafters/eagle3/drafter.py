@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from accel.axes import Target
 from accel.drafters.base import Ask, Draft
+from accel.drafters.draw import draw
 from accel.drafters.eagle3.loading import LoadedHead
 from accel.drafters.eagle3.tap import LayerTap, decoder_layers
 from accel.drafters.rows import Rows
@@ -171,7 +172,7 @@ class _Growing:
         if self.ask.warp is not None:
             scores = self.ask.warp(scores[None])[0]
         probabilities = scores.softmax(-1)
-        token = int(torch.multinomial(probabilities.cpu(), 1, generator=self.row.generator))
+        token = draw(probabilities, self.row.generator)
         self.tokens.append(token)
         self.confidence.append(float(probabilities[token]))
         self.probs.append(probabilities)
