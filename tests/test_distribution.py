@@ -213,7 +213,7 @@ def test_a_sampled_draft_is_not_shortened_by_what_it_says(models, monkeypatch, k
     monkeypatch.setattr(Costs, "is_stale", lambda self, positions: False)
     monkeypatch.setattr(AdaptiveLength, "_judge", lambda *args, **kwargs: False)
     monkeypatch.setattr(Acceptance, "chance", lambda self, confidence: confidence)
-    monkeypatch.setattr(AdaptiveLength, "keep_going", lambda self, row, confidences, rows: len(confidences) < 3)
+    monkeypatch.setattr(AdaptiveLength, "keep_going", lambda self, row, confidences, *how: len(confidences) < 3)
     out, stats = sample(target, [drafts[kind]], drafter="lm", acceptance=acceptance)
     assert stats.drafted_tokens > 0
     assert p_value(out, exact(target, {"top_k": 0})) > 1e-4
