@@ -25,7 +25,7 @@ def documents(root: Path) -> Iterator[Path]:
     """The pages written for people: at the root, in docs/, and each method's own."""
     yield from sorted(root.glob("*.md"))
     yield from sorted((root / "docs").rglob("*.md"))
-    for folder in ("accel/methods", "kernels", "drafters", "bench", "examples"):
+    for folder in ("accel/methods", "accel/zoo", "kernels", "drafters", "bench", "examples"):
         yield from sorted((root / folder).rglob("README.md"))
 
 

@@ -126,6 +126,20 @@ def test_one_slow_moment_is_not_believed_and_a_slow_time_is_forgotten() -> None:
     assert costs.verify(5) == pytest.approx(1 + 4 * ASSUMED_COST_PER_POSITION)
 
 
+def test_a_slow_moment_of_fewer_positions_does_not_stand_against_what_is_trusted() -> None:
+    """A first step that was timed cold must not make every longer one look like a gain, or a loss."""
+    costs = Costs()
+    costs.observe_verify(1, 50.0)
+    costs.observe_verify(3, 56.0)
+    for _ in range(TRUSTED):
+        costs.observe_verify(2, 40.0)
+    assert costs.verify(1) == costs.verify(2) == 40.0
+    # what one slow timing says is voted down by what the trusted one lets expect
+    assert costs.verify(3) == pytest.approx(
+        40.0 * (1 + 2 * ASSUMED_COST_PER_POSITION) / (1 + ASSUMED_COST_PER_POSITION)
+    )
+
+
 def test_a_draft_that_catches_up_is_not_a_timing_of_drafting() -> None:
     costs = Costs()
     costs.expect_catch_up()

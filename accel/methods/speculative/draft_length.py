@@ -131,15 +131,22 @@ class Costs:
         return (1 - share) * known[below] + share * known[above]
 
     def _believed(self) -> dict[int, float]:
-        """Seconds by number of positions. The fewest positions are the base that the assumption starts from."""
-        fewest = min(self._verify)
-        base = median(seconds for _, seconds in self._verify[fewest])
-        believed = {fewest: base}
-        for n, timings in self._verify.items():
-            recent = [seconds for step, seconds in timings if self._num_steps - step < MEMORY]
+        """Seconds by number of positions. The assumption starts from the next fewer positions that were timed.
+
+        Numbers of positions are timed at different moments, and machines have slow ones: a step never costs more than
+        one over more positions that has been timed often enough to be trusted.
+        """
+        fewest = below = min(self._verify)
+        believed = {fewest: median(seconds for _, seconds in self._verify[fewest])}
+        for n in sorted(self._verify):
+            recent = [seconds for step, seconds in self._verify[n] if self._num_steps - step < MEMORY]
             if n != fewest and recent:
-                votes = [_assumed(base, fewest, n)] * (TRUSTED - len(recent))
+                votes = [_assumed(believed[below], below, n)] * (TRUSTED - len(recent))
                 believed[n] = median([*recent, *votes])
+                below = n
+            if len(recent) >= TRUSTED:
+                for fewer in believed:
+                    believed[fewer] = min(believed[fewer], believed[n])
         return believed
 
     def is_stale(self, positions: int) -> bool:
