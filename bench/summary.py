@@ -22,21 +22,15 @@ def document(
     arms: Sequence[str],
     reference: str,
     *,
-    settings: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    command: str,
-    date: str,
     complete: bool,
-    notes: Iterable[str] = (),
     keep_records: bool = True,
+    **about: Any,
 ) -> dict[str, Any]:
-    """Everything a run found. Records are kept while it is incomplete, because a resumed run needs them."""
+    """Everything a run found, ``about`` as in ``frame``. An unfinished run needs its records to be resumed."""
     by_arm = split(records, arms)
     failed = failures(by_arm)
     groups = list(dict.fromkeys(record.group for record in records))
-    result = frame(
-        settings=settings, environment=environment, command=command, date=date, complete=complete, notes=notes
-    ) | {
+    result = frame(complete=complete, **about) | {
         "reference": reference,
         "arms": figures(by_arm, reference),
         "groups": {group: _group(group, by_arm, reference, failed) for group in groups},

@@ -87,6 +87,8 @@ class Costs:
         self._catching_up = False
         self._last_seen: dict[int, int] = {}
         self._num_steps = 0
+        # what _believe made of the timings; a round asks many times between two of them
+        self._believed: dict[int, float] | None = None
         # seconds of the last draft that had to catch up
         self.catch_up = 0.0
 
@@ -103,6 +105,7 @@ class Costs:
         self._num_steps += 1
         self._verify.setdefault(positions, deque(maxlen=WINDOW)).append((self._num_steps, seconds))
         self._last_seen[positions] = self._num_steps
+        self._believed = None
 
     def observe_draft(self, tokens: int, seconds: float) -> None:
         if self._catching_up:
@@ -119,7 +122,7 @@ class Costs:
         """Seconds of one target step over n positions: measured, interpolated, or assumed to grow slowly."""
         if not self._verify:
             return _assumed(1.0, 1, positions)
-        known = self._believed()
+        known = self._believed = self._believed or self._believe()
         below = max((n for n in known if n <= positions), default=None)
         above = min((n for n in known if n >= positions), default=None)
         if below is None or above is None:
@@ -130,7 +133,7 @@ class Costs:
         share = (positions - below) / (above - below)
         return (1 - share) * known[below] + share * known[above]
 
-    def _believed(self) -> dict[int, float]:
+    def _believe(self) -> dict[int, float]:
         """Seconds by number of positions. The assumption starts from the next fewer positions that were timed.
 
         Numbers of positions are timed at different moments, and machines have slow ones: a step never costs more than
