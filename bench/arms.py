@@ -12,6 +12,7 @@ from typing import Any
 
 import accel
 from accel.artifacts import resolve
+from accel.engine.attached import STATE, Attached
 from accel.engine.drafts import drafter_from
 from accel.errors import AccelError, ArtifactError, OptionError, unknown_name
 
@@ -39,12 +40,22 @@ class Arm:
 
 
 def attached(name: str, *artifacts: Any, **options: Any) -> Arm:
-    """An arm whose runs happen between accel.attach(model, *artifacts, **options) and accel.detach(model)."""
+    """An arm whose runs happen between accel.attach(model, *artifacts, **options) and accel.detach(model).
+
+    What it learns of costs and acceptance stays from run to run, as in a process that attaches once and serves.
+    """
+    state: Attached | None = None
 
     @contextmanager
     def prepare(model: Any) -> Iterator[Any]:
+        nonlocal state
         try:
-            yield accel.attach(model, *artifacts, **options)
+            if state is not None and state.model is model:
+                state.install()
+            else:
+                accel.attach(model, *artifacts, **options)
+                state = model.__dict__.get(STATE)
+            yield model
         finally:
             accel.detach(model)
 

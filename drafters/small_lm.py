@@ -1,7 +1,7 @@
 """A small causal language model as the drafter, with the target's tokenizer and maybe only part of its vocabulary.
 
-Rows live in a ``SoftmaxTarget`` of the draft model. Final tokens are committed there; drafted ones stay tentative
-until ``observe`` tells which of them came true.
+Rows live in the draft model's own reader (``accel.models.lean``). Final tokens are committed there; drafted ones stay
+tentative until ``observe`` tells which of them came true.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from accel.drafters.base import Ask, Draft
-from accel.drafters.draw import draw
+from accel.drafters.growing import Growing
 from accel.errors import AccelError, IncompatibleError
-from accel.models.softmax_target import SoftmaxTarget
+from accel.models.lean import draft_reader
 
 
 @dataclass(frozen=True)
@@ -66,18 +66,18 @@ class SmallLMDrafter:
     free = False
 
     def __init__(self, model: PreTrainedModel, target_vocab_size: int, vocabulary: VocabularyMap | None = None) -> None:
-        self.target = SoftmaxTarget(model)
+        self.reader = draft_reader(model)
         self.model = model
         self._vocab_size = target_vocab_size
         self.vocabulary = vocabulary
         expected = target_vocab_size if vocabulary is None else len(vocabulary.d2t)
-        if self.target.vocab_size != expected:
+        if self.reader.vocab_size != expected:
             raise IncompatibleError(
-                f"the draft model has a vocabulary of {self.target.vocab_size} and the target of {target_vocab_size}: "
+                f"the draft model has a vocabulary of {self.reader.vocab_size} and the target of {target_vocab_size}: "
                 "use a draft with the target's tokenizer, a draft artifact with a vocabulary map, or pass tokenizers "
                 "(tokenizer=, assistant_tokenizer=) to translate between the two"
             )
-        device = self.target.device
+        device = self.reader.device
         self._d2t = None if vocabulary is None else vocabulary.d2t.to(device)
         self._t2d = None if vocabulary is None else vocabulary.t2d().to(device)
         self._rows: dict[int, _Row] = {}
@@ -87,12 +87,12 @@ class SmallLMDrafter:
             raise AccelError(f"row {row} is open already: close it first")
         # the draft's randomness must be its own: the row's generator decides what is accepted
         generator = torch.Generator().manual_seed((seed ^ 0x5EED_D12A) & 0x7FFF_FFFF_FFFF_FFFF)
-        self._rows[row] = _Row(self.target.open(), generator, list(prompt))
+        self._rows[row] = _Row(self.reader.open(), generator, list(prompt))
 
     def close(self, row: int) -> None:
         state = self._rows.pop(row, None)
         if state is not None:
-            self.target.close([state.name])
+            self.reader.close([state.name])
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
         """Keep what came true of the tentative tokens; the rest of ``tokens`` is still to be read.
@@ -104,17 +104,17 @@ class SmallLMDrafter:
         while kept < min(len(tokens) - 1, len(state.tentative)) and tokens[kept] == state.tentative[kept]:
             kept += 1
         if state.tentative:
-            self.target.commit([kept], [state.name])
+            self.reader.commit([kept], [state.name])
         state.tentative = []
         state.unread += tokens[kept:]
 
     def state_bytes(self) -> int:
-        return self.target.state_bytes()
+        return self.reader.state_bytes()
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """One draft per ask, in order; rows whose context is full, or who have nothing to read, draft nothing."""
-        drafts = {ask.row: _Growing(ask, self._rows[ask.row]) for ask in asks}
+        drafts = {ask.row: Growing(ask, self._rows[ask.row]) for ask in asks}
         active = [d for d in drafts.values() if d.row.unread and self._room(d) > 0]
         logits = self._read(active)
         while active:
@@ -122,78 +122,44 @@ class SmallLMDrafter:
                 self._extend(draft, row_logits)
             active = [d for d in active if len(d.tokens) < self._room(d) and d.wants_more()]
             if active:
-                last = torch.tensor([[d.tokens[-1]] for d in active], device=self.target.device)
+                last = torch.tensor([[d.tokens[-1]] for d in active], device=self.reader.device)
                 logits = self._forward(last, active, keep=[0])[:, 0]
                 for draft in active:
                     draft.row.tentative.append(draft.tokens[-1])
         return [drafts[ask.row].finish(self.name) for ask in asks]
 
-    def _room(self, draft: _Growing) -> int:
-        if self.target.max_positions is None:
+    def _room(self, draft: Growing[_Row]) -> int:
+        if self.reader.max_positions is None:
             return draft.ask.max_tokens
-        used = self.target.num_positions(draft.row.name) + len(draft.row.unread)
-        return min(draft.ask.max_tokens, self.target.max_positions - used)
+        used = self.reader.num_positions(draft.row.name) + len(draft.row.unread)
+        return min(draft.ask.max_tokens, self.reader.max_positions - used)
 
-    def _read(self, drafts: Sequence[_Growing]) -> Tensor:
+    def _read(self, drafts: Sequence[Growing[_Row]]) -> Tensor:
         """Let the draft model read the rows' unread final tokens; logits after the last of each, ``[R, V]``."""
         if not drafts:
             return torch.empty(0)
         lengths = [len(d.row.unread) for d in drafts]
-        padded = torch.zeros(len(drafts), max(lengths), dtype=torch.long, device=self.target.device)
+        padded = torch.zeros(len(drafts), max(lengths), dtype=torch.long, device=self.reader.device)
         for index, draft in enumerate(drafts):
             padded[index, : lengths[index]] = torch.tensor(draft.row.unread)
         ends = sorted({length - 1 for length in lengths})
         logits = self._forward(padded, drafts, keep=ends)
-        self.target.commit(lengths, [d.row.name for d in drafts])
+        self.reader.commit(lengths, [d.row.name for d in drafts])
         for draft in drafts:
             draft.row.unread = []
         return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
 
-    def _forward(self, tokens: Tensor, drafts: Sequence[_Growing], keep: list[int]) -> Tensor:
+    def _forward(self, tokens: Tensor, drafts: Sequence[Growing[_Row]], keep: list[int]) -> Tensor:
         if self._t2d is not None:
             tokens = self._t2d[tokens]
-        return self.target.forward(tokens, [d.row.name for d in drafts], keep)
+        return self.reader.forward(tokens, [d.row.name for d in drafts], keep)
 
-    def _extend(self, draft: _Growing, logits: Tensor) -> None:
+    def _extend(self, draft: Growing[_Row], logits: Tensor) -> None:
         """Choose the row's next drafted token from the draft model's logits ``[V]`` (its own vocabulary)."""
         if draft.ask.sample:
-            # a small vocabulary's scores are warped and drawn from as they are: over all of the target's tokens that
-            # would cost more than the draft model itself
-            own = self._d2t is None or not draft.ask.names_tokens
-            scores = logits.float() if own else self._in_target_vocabulary(logits.float(), -torch.inf)
-            if draft.ask.warp is not None:
-                scores = draft.ask.warp(scores[None])[0]
-            probabilities = scores.softmax(-1)
-            choice = draw(probabilities, draft.row.generator)
-            token = choice if self._d2t is None or not own else int(self._d2t[choice])
-            draft.probs.append(self._in_target_vocabulary(probabilities, 0.0) if own else probabilities)
-        else:
-            probabilities = logits.float().softmax(-1)
-            choice = int(probabilities.argmax())
-            token = choice if self._d2t is None else int(self._d2t[choice])
+            draft.sample(logits, self._d2t, self._vocab_size)
+            return
+        probabilities = logits.float().softmax(-1)
+        choice = int(probabilities.argmax())
+        draft.tokens.append(choice if self._d2t is None else int(self._d2t[choice]))
         draft.confidence.append(float(probabilities[choice]))
-        draft.tokens.append(token)
-
-    def _in_target_vocabulary(self, values: Tensor, other: float) -> Tensor:
-        """Values of the draft's tokens as values of the target's, ``other`` where the draft has none."""
-        if self._d2t is None:
-            return values
-        return values.new_full((self._vocab_size,), other).index_copy_(0, self._d2t, values)
-
-
-@dataclass
-class _Growing:
-    """A row's draft while it grows."""
-
-    ask: Ask
-    row: _Row
-    tokens: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    probs: list[Tensor] = field(default_factory=list)
-
-    def wants_more(self) -> bool:
-        return self.ask.keep_going is None or self.ask.keep_going(self.confidence)
-
-    def finish(self, source: str) -> Draft:
-        probs = torch.stack(self.probs) if self.probs else None
-        return Draft(self.tokens, probs, self.confidence, source)

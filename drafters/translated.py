@@ -31,7 +31,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from accel.drafters.base import Ask, Draft
 from accel.drafters.rows import Rows
 from accel.errors import IncompatibleError
-from accel.models.softmax_target import SoftmaxTarget
+from accel.models.lean import draft_reader
 
 # what decoders write for bytes that make no character (yet)
 BROKEN = "\ufffd"
@@ -120,9 +120,9 @@ class TranslatedDrafter:
         target_tokenizer: PreTrainedTokenizerBase | None,
         target_vocab_size: int,
     ) -> None:
-        self.target = SoftmaxTarget(model)
+        self.reader = draft_reader(model)
         self.model = model
-        self._draft = _Codec(draft_tokenizer, self.target.vocab_size, "draft model")
+        self._draft = _Codec(draft_tokenizer, self.reader.vocab_size, "draft model")
         self._final = _Codec(target_tokenizer, target_vocab_size, "target")
         self._start = self._draft.start()
         self._ends = self._draft.special | _end_ids(model)
@@ -130,23 +130,23 @@ class TranslatedDrafter:
 
     def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
         """Remember the prompt; it is read when the first draft is asked for. ``seed`` is not used: nothing is drawn."""
-        name = self.target.open()
+        name = self.reader.open()
         try:
             self._rows.open(row, _Row(name, list(prompt), ids=list(self._start)))
         except Exception:
-            self.target.close([name])
+            self.reader.close([name])
             raise
 
     def close(self, row: int) -> None:
         name = self._rows[row].name
         self._rows.close(row)
-        self.target.close([name])
+        self.reader.close([name])
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
         self._rows[row].tokens += tokens
 
     def state_bytes(self) -> int:
-        return self.target.state_bytes()
+        return self.reader.state_bytes()
 
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
@@ -160,8 +160,8 @@ class TranslatedDrafter:
                 self._extend(draft, token, probability)
             active = [draft for draft in active if draft.wants_more()]
             if active:
-                last = torch.tensor([[draft.drafted[-1]] for draft in active], device=self.target.device)
-                logits = self.target.forward(last, [draft.row.name for draft in active])[:, 0]
+                last = torch.tensor([[draft.drafted[-1]] for draft in active], device=self.reader.device)
+                logits = self.reader.forward(last, [draft.row.name for draft in active])[:, 0]
                 for draft in active:
                     draft.row.tentative.append(draft.drafted[-1])
         return [Draft(draft.tokens, None, draft.confidence, self.name) for draft in drafts]
@@ -173,13 +173,13 @@ class TranslatedDrafter:
         self._tell(row)
         kept = min(_common(row.tentative, row.unread), len(row.unread) - NUM_HELD)
         if row.tentative:
-            self.target.commit([max(0, kept)], [row.name])
+            self.reader.commit([max(0, kept)], [row.name])
             row.num_committed += max(0, kept)
             row.tentative = []
         anchor = self._anchor(row)
         limit = MAX_TOKENS_PER_TOKEN * ask.max_tokens
-        if self.target.max_positions is not None:
-            limit = min(limit, self.target.max_positions - len(row.ids))
+        if self.reader.max_positions is not None:
+            limit = min(limit, self.reader.max_positions - len(row.ids))
         return _Growing(ask, row, anchor or [], limit if anchor is not None and row.ids else 0)
 
     def _tell(self, row: _Row) -> None:
@@ -205,8 +205,8 @@ class TranslatedDrafter:
         row.text += new
         if unchanged < row.num_committed:
             # committed tokens cannot be taken back: read the text again from its start
-            self.target.close([row.name])
-            row.name, row.num_committed, row.tentative = self.target.open(), 0, []
+            self.reader.close([row.name])
+            row.name, row.num_committed, row.tentative = self.reader.open(), 0, []
 
     def _recut(self, row: _Row, new: str) -> tuple[int, list[int]]:
         """(index of the first draft token to replace, the draft tokens from there on) after ``new`` is appended.
@@ -241,14 +241,14 @@ class TranslatedDrafter:
             for index, ids in enumerate(surplus):
                 padded[index, : len(ids)] = torch.tensor(ids)
             names = [row.name for row in ahead]
-            self.target.forward(padded.to(self.target.device), names, keep=[0])
-            self.target.commit([len(ids) for ids in surplus], names)
+            self.reader.forward(padded.to(self.reader.device), names, keep=[0])
+            self.reader.commit([len(ids) for ids in surplus], names)
             for row, ids in zip(ahead, surplus, strict=True):
                 row.num_committed += len(ids)
         for row in rows:
             row.tentative = row.unread
-        tokens = torch.tensor([row.tentative for row in rows], device=self.target.device)
-        return self.target.forward(tokens, [row.name for row in rows], keep=[n - 1])[:, 0]
+        tokens = torch.tensor([row.tentative for row in rows], device=self.reader.device)
+        return self.reader.forward(tokens, [row.name for row in rows], keep=[n - 1])[:, 0]
 
     # what is proposed
 

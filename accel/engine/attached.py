@@ -73,10 +73,10 @@ class Attached:
 
     def install(self) -> None:
         """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
-        draft = getattr(self.draft, "model", None)
         self._linears = [cpu_linear.install(self.model, self.cpu_linear)]
-        if isinstance(draft, PreTrainedModel):
-            self._linears.append(cpu_linear.install(draft, self.cpu_linear, may_round=True))
+        reader = getattr(self.draft, "reader", None)
+        if reader is not None:
+            self._linears.append(cpu_linear.install(reader.linears, self.cpu_linear, may_round=True))
         self.model.__dict__[STATE] = self
         self.model.__dict__[GENERATE] = self.generate
 

@@ -12,17 +12,19 @@ for one row and a poor matrix-matrix shape for a few; both leave memory bandwidt
 fits. All three compute the same sums in another order: results differ by rounding only.
 
 A draft model may be rounded, because what it says is verified: ``auto`` then also knows ``int8``, weights in 8 bits
-with one scale an output, products in bf16. That is a quarter of the bytes to stream, and about 1 % of error.
+with one scale an output, inputs in 8 bits with one scale a row. That is a quarter of the bytes to stream and the
+processor's integer products, for about 1 % of error.
 """
 
 from __future__ import annotations
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -40,9 +42,11 @@ SAMPLE_BYTES = 96 << 20
 # packing is skipped where the copy would take more than this share of the memory that is free
 MAX_SHARE_OF_FREE_MEMORY = 0.5
 
-# torch's int8 kernel reads whole vectors of aligned memory and does not check
-INT8_MULTIPLE = 32
+# Bits of an int8 layer's inputs, the first that works: where a processor has no dot product of bytes, pairs of products
+# are summed in 16 bits, which overflows with 8.
+INPUT_BITS = (8, 7)
 
+Made = TypeVar("Made")
 LinearFunction = Callable[[Tensor], Tensor]
 # inputs, outputs, has a bias
 Shape = tuple[int, int, bool]
@@ -80,7 +84,7 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
     if way == "auto":
         fits = weights <= MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
         ways = ("linear", "transposed", *(["packed"] if can_pack and fits else []))
-        ways += ("int8",) if may_round and _int8_works() else ()
+        ways += ("int8",) if may_round and _int8_bits() else ()
         way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
         way_by_rows = dict.fromkeys(MEASURED_ROWS, way)
@@ -109,8 +113,7 @@ class _FastForward:
     def __init__(self, module: nn.Linear, way_by_rows: dict[int, str]) -> None:
         functions = {way: _FUNCTIONS[way](module) for way in {*way_by_rows.values(), "linear"}}
         most = MEASURED_ROWS[-1]
-        # int8 saves bytes and not products: many rows are no place for it
-        self._many = functions["linear" if way_by_rows[most] == "int8" else way_by_rows[most]]
+        self._many = functions[way_by_rows[most]]
         self._module = module
         self._most = most
         self._features = module.in_features
@@ -156,50 +159,61 @@ def _transposed(module: nn.Linear) -> LinearFunction:
 
 def _packed(module: nn.Linear) -> LinearFunction:
     run = torch.ops.mkldnn._linear_pointwise.default
-    packed, made_of = _pack(module.weight)
-
-    def forward(x: Tensor) -> Tensor:
-        nonlocal packed, made_of
-        # the copy must not outlive what it was made of: load_state_dict, an optimizer's step, another Parameter
-        if made_of != _state(module.weight):
-            packed, made_of = _pack(module.weight)
-        return run(x, packed, module.bias, "none", [], "")
-
-    return forward
+    packed = _current(module, _pack)
+    return lambda x: run(x, packed(), module.bias, "none", [], "")
 
 
 def _int8(module: nn.Linear) -> LinearFunction:
-    if module.in_features % INT8_MULTIPLE:
+    bits = _int8_bits()
+    if bits is None:
         return _linear(module)
-    run = torch._weight_int8pack_mm
-    rounded, scales = _round(module.weight)
-    made_of = _state(module.weight)
+    run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+    middle = 1 << (bits - 1)
+    step = 1 / (middle - 1)
+    packed = _current(module, _pack_int8)
 
     def forward(x: Tensor) -> Tensor:
-        nonlocal rounded, scales, made_of
-        if made_of != _state(module.weight):
-            rounded, scales = _round(module.weight)
-            made_of = _state(module.weight)
-        # a fresh tensor begins at an aligned address, which a view of another need not
-        flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16, copy=True)
-        out = run(flat, rounded, scales).float()
-        if module.bias is not None:
-            out = out + module.bias
-        return out.reshape(*x.shape[:-1], module.out_features)
+        if not x.numel():
+            return F.linear(x, module.weight, module.bias)
+        # each row to its own largest value: what a row says must not depend on its neighbours
+        scales = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        out: Tensor = run(x / scales, step, middle, packed()).mul_(scales)
+        return out if module.bias is None else out + module.bias
 
     return forward
 
 
-def _round(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, I] → int8 [O, I] and its scales bf16 [O]."""
+def _current(module: nn.Linear, make: Callable[[Tensor], Made]) -> Callable[[], Made]:
+    """What ``make`` makes of the layer's weight, made again when that changed.
+
+    A copy must not outlive what it was made of: load_state_dict, an optimizer's step, another Parameter.
+    """
+    made, made_of = make(module.weight), _state(module.weight)
+
+    def current() -> Made:
+        nonlocal made, made_of
+        if made_of != _state(module.weight):
+            made, made_of = make(module.weight), _state(module.weight)
+        return made
+
+    return current
+
+
+def _pack(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+    return packed
+
+
+def _pack_int8(weight: Tensor) -> Any:
+    """weight [O, I] in 8 bits, with a scale an output, as the processor's kernel wants it."""
     weight = weight.detach()
-    scales = (weight.abs().amax(-1).clamp(min=torch.finfo(torch.bfloat16).tiny) / 127).bfloat16()
-    rounded = (weight / scales.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8)
-    return rounded.contiguous(), scales
-
-
-def _pack(weight: Tensor) -> tuple[Tensor, tuple[int, int]]:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None), _state(weight)
+    scales = weight.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny).double() / 127
+    zeros = torch.zeros(len(weight), dtype=torch.long)
+    with warnings.catch_warnings():
+        # torch means to drop these tensors some day; ``_int8_bits`` finds out when it does
+        warnings.simplefilter("ignore", UserWarning)
+        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
+    return torch.ops.quantized.linear_prepack(rounded, None)
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
@@ -225,14 +239,24 @@ def _packing_works() -> bool:
         return False
 
 
-def _int8_works() -> bool:
-    """Whether this torch multiplies by 8-bit weights, which it does for its own compiler."""
+@functools.cache
+def _int8_bits() -> int | None:
+    """Bits of the inputs that this processor multiplies by 8-bit weights without overflow; None if it cannot at all.
+
+    Ones are the probe: every product is the largest there is.
+    """
     try:
+        run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         with torch.no_grad():
-            probe, x = _ones(INT8_MULTIPLE, 16, True), torch.ones(2, INT8_MULTIPLE)
-            return bool(torch.allclose(_int8(probe)(x), probe(x), rtol=0.02))
+            probe, x = _ones(64, 16, False), torch.ones(2, 64)
+            packed = _pack_int8(probe.weight)
+            for bits in INPUT_BITS:
+                middle = 1 << (bits - 1)
+                if torch.allclose(run(x, 1 / (middle - 1), middle, packed), probe(x), rtol=0.02):
+                    return bits
     except (RuntimeError, NotImplementedError, AttributeError):
-        return False
+        pass
+    return None
 
 
 def _sample(modules: Iterable[nn.Linear]) -> tuple[Shape, ...]:

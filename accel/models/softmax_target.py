@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from accel.errors import ModelError
@@ -41,6 +41,8 @@ class SoftmaxTarget:
         if model.config.is_encoder_decoder:
             raise ModelError(f"{type(model).__name__} is an encoder-decoder: accel decodes decoder-only models")
         self.model = model
+        # whose layers ``cpu_linear`` may speed up
+        self.linears: nn.Module = model
         self.config = config
         self.device = model.device
         self.vocab_size: int = config.vocab_size

@@ -8,7 +8,7 @@ values are dropped when it ends: the tokens that come true are read again, with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 
 from accel.axes import Target
 from accel.drafters.base import Ask, Draft
-from accel.drafters.draw import draw
 from accel.drafters.eagle3.loading import LoadedHead
 from accel.drafters.eagle3.tap import LayerTap, decoder_layers
+from accel.drafters.growing import Growing
 from accel.drafters.rows import Rows
 from accel.errors import AccelError, IncompatibleError
 from accel.models.row_cache import RowCache
@@ -94,7 +94,7 @@ class Eagle3Drafter:
     @torch.no_grad()
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """One draft per ask, in order; rows with nothing to read draft nothing."""
-        drafts = [_Growing(ask, self._rows[ask.row]) for ask in asks]
+        drafts = [Growing(ask, self._rows[ask.row]) for ask in asks]
         active = started = [d for d in drafts if d.row.unread and d.ask.max_tokens > 0]
         hidden = self._read(started)
         while active:
@@ -109,7 +109,7 @@ class Eagle3Drafter:
         self._cache.commit([d.row.name for d in started], [0] * len(started))
         return [draft.finish(self.name) for draft in drafts]
 
-    def _read(self, drafts: Sequence[_Growing]) -> Tensor:
+    def _read(self, drafts: Sequence[Growing[_Row]]) -> Tensor:
         """Read the rows' unread pairs; the hidden state of the last of each ``[R, H]``."""
         if not drafts:
             return torch.empty(0)
@@ -124,7 +124,7 @@ class Eagle3Drafter:
         self._cache.commit([d.row.name for d in drafts], lengths)
         return hidden[torch.arange(len(drafts)), torch.tensor(lengths) - 1]
 
-    def _features(self, draft: _Growing) -> Tensor:
+    def _features(self, draft: Growing[_Row]) -> Tensor:
         """The target's features for the row's unread tokens ``[n, H]``."""
         row, source = draft.row, draft.row.source
         features = None if source is None else source[0].take(source[1])
@@ -136,51 +136,19 @@ class Eagle3Drafter:
             )
         return features.to(self._d2t.device)
 
-    def _forward(self, tokens: Tensor, features: Tensor, drafts: Sequence[_Growing]) -> Tensor:
+    def _forward(self, tokens: Tensor, features: Tensor, drafts: Sequence[Growing[_Row]]) -> Tensor:
         step = self._cache.begin([d.row.name for d in drafts], tokens.shape[1])
         hidden: Tensor = self.head(tokens, features, self._cache, step)
         return hidden
 
-    def _extend(self, drafts: Sequence[_Growing], logits: Tensor) -> None:
+    def _extend(self, drafts: Sequence[Growing[_Row]], logits: Tensor) -> None:
         """Choose each row's next token from the head's logits ``[R, draft vocabulary]``."""
         logits = logits.float()
         best = logits.softmax(-1).max(-1)
         beliefs, tokens = best.values.tolist(), self._d2t[best.indices].tolist()
         for index, draft in enumerate(drafts):
             if draft.ask.sample:
-                draft.sample(self._in_target_vocabulary(logits[index]))
+                draft.sample(logits[index], self._d2t, self._vocab_size)
             else:
                 draft.tokens.append(tokens[index])
                 draft.confidence.append(beliefs[index])
-
-    def _in_target_vocabulary(self, logits: Tensor) -> Tensor:
-        return logits.new_full((self._vocab_size,), -torch.inf).index_copy_(0, self._d2t, logits)
-
-
-@dataclass
-class _Growing:
-    """A row's draft while it grows."""
-
-    ask: Ask
-    row: _Row
-    tokens: list[int] = field(default_factory=list)
-    confidence: list[float] = field(default_factory=list)
-    probs: list[Tensor] = field(default_factory=list)
-
-    def sample(self, scores: Tensor) -> None:
-        """Draw a token from scores over the target's vocabulary ``[V]``, after the row's own warping."""
-        if self.ask.warp is not None:
-            scores = self.ask.warp(scores[None])[0]
-        probabilities = scores.softmax(-1)
-        token = draw(probabilities, self.row.generator)
-        self.tokens.append(token)
-        self.confidence.append(float(probabilities[token]))
-        self.probs.append(probabilities)
-
-    def wants_more(self) -> bool:
-        if len(self.tokens) >= self.ask.max_tokens:
-            return False
-        return self.ask.keep_going is None or self.ask.keep_going(self.confidence)
-
-    def finish(self, source: str) -> Draft:
-        return Draft(self.tokens, torch.stack(self.probs) if self.probs else None, self.confidence, source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 
 import pytest
@@ -14,6 +15,7 @@ from accel.bench.arms import Arm, all_arms, check, choose, find_draft, reference
 from accel.bench.measure import StampStreamer
 from accel.bench.runner import WARMUP_TOKENS, Runner, Settings
 from accel.bench.workloads import Prompt
+from accel.engine.attached import STATE
 from accel.errors import OptionError
 from accel.types import Stats
 
@@ -232,6 +234,25 @@ def test_arms_of_the_table(fake_accel, model):
         ("attach", (), {"method": "speculative", "seed": 3}),
         ("detach",),
     ]
+
+
+def test_what_an_arm_learned_stays_from_run_to_run(model):
+    arm, seen = bench_arms.attached("accel-suffix", drafter="suffix"), []
+    plain = model.generate
+    for _ in range(2):
+        with arm.prepare(model) as prepared:
+            assert prepared is model
+            model.generate(torch.tensor([[5, 6, 5, 6]]), max_new_tokens=8, do_sample=False)
+            (speculator,) = model.__dict__[STATE]._speculators.values()
+            seen.append((speculator, speculator.costs._num_steps))
+        assert STATE not in model.__dict__
+        assert model.generate == plain
+    assert seen[0][0] is seen[1][0]
+    assert seen[1][1] > seen[0][1] > 0
+    # another model has a state of its own
+    other = copy.deepcopy(model)
+    with arm.prepare(other):
+        assert other.__dict__[STATE].model is other
 
 
 def test_a_draft_serves_both_runtimes(fake_accel, model):

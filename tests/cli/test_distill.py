@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from click.testing import CliRunner, Result
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import accel
 from accel.artifacts import open_artifact, tokenizer_digest
@@ -30,11 +30,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a byte tokenizer, as transformers saves them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bytewise = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(["</s>", *alphabet])}, merges=[]))
-    bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytewise.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="</s>")
+    tokenizer = byte_tokenizer()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

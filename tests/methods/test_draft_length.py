@@ -17,6 +17,7 @@ from accel.methods.speculative.draft_length import (
     LAST_PROBE,
     LEAST_GAIN,
     MEMORY,
+    MOST_PADDING,
     STALE,
     TRUSTED,
     WINDOW,
@@ -111,6 +112,24 @@ def test_medians_resist_an_outlier_and_follow_a_change() -> None:
     for _ in range(WINDOW):
         costs.observe_verify(1, 4.0)
     assert costs.verify(1) == 4.0
+
+
+def test_a_step_is_padded_to_a_count_that_was_timed_to_be_faster() -> None:
+    costs = Costs()
+    for seconds, count in ((1.2, 2), (1.0, 4), (0.5, 2 + MOST_PADDING + 1)):
+        for _ in range(TRUSTED):
+            assert costs.padded(1, 2) == (4 if count > 4 else 2)  # not before both are trusted
+            costs.observe_verify(count, seconds)
+    assert costs.padded(1, 2) == 4
+    assert costs.padded(2, 1) == 3  # 6 positions over two rows
+    assert costs.padded(1, 4) == 6  # and what is out of reach of 2 is not of 4
+    assert costs.padded(1, 1) == costs.padded(3, 1) == 1  # its own cost is unknown
+    for _ in range(WINDOW):
+        costs.observe_verify(4, 1.19)
+    assert costs.padded(1, 2) == 2  # not worth it
+    for _ in range(MEMORY):
+        costs.observe_verify(1, 1.0)
+    assert costs.padded(1, 4) == 4  # forgotten
 
 
 def test_one_slow_moment_is_not_believed_and_a_slow_time_is_forgotten() -> None:

@@ -240,6 +240,15 @@ def test_rows_with_different_drafts_share_a_forward() -> None:
     assert list(setup.target.forwards[-1]) == [12]
 
 
+def test_a_padded_step_changes_no_token(monkeypatch) -> None:
+    monkeypatch.setattr(Costs, "padded", lambda self, rows, n: n + 2)
+    setup = Setup(right_for(2, 4))
+    tokens = setup.run(request(0, (1, 2), new=13), request(1, (3, 4), new=7))
+    assert tokens == {0: greedy((1, 2), 13), 1: greedy((3, 4), 7)}
+    assert [len(f[10]) for f in setup.target.forwards[2:]] == [7, 7, 7, 5]
+    assert len(setup.decoder.stats.drafted_by_position) == 4
+
+
 def test_the_drafter_sees_each_final_token_once_and_in_order() -> None:
     setup = Setup(right_for(2, 4))
     tokens = setup.run(request(0, (1, 2), new=13), request(1, (3, 4), new=7))

@@ -266,9 +266,9 @@ def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, mem
         errors = [error(net(x), y) for x, y in zip(inputs, expected, strict=True)]
     assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 8: "packed", 16: "int8"}
     assert installed.extra_bytes == 2 * IN * 64 * 4 + 2 * IN * 64
-    assert all(TOLERANCE < each < 0.02 for each in (*errors[:3], errors[4]))
-    # many rows are computed exactly
-    assert all(each <= TOLERANCE for each in (errors[3], *errors[5:]))
+    # what was measured fastest for the most rows is taken for more
+    assert all(TOLERANCE < each < 0.02 for each in (*errors[:3], *errors[4:]))
+    assert errors[3] <= TOLERANCE
 
 
 @torch.no_grad()
@@ -276,14 +276,48 @@ def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, mem
 def test_8_bits_of_any_shape_and_of_misaligned_rows(inputs: int, outputs: int) -> None:
     layer = nn.Linear(inputs, outputs)
     run = cpu_linear._FUNCTIONS["int8"](layer)
+    assert run(torch.zeros(2, 0, inputs)).shape == (2, 0, outputs)
     for rows in (1, 2, 3, 5):
         # rows of another tensor begin where they may
         x = torch.randn(rows * inputs + 3)[3:].reshape(rows, inputs)
         assert error(run(x), layer(x)) < 0.03
     layer.weight.mul_(3.0)
     assert error(run(x), layer(x)) < 0.03
+    # a row's own size does not make its neighbour coarse
+    sizes = torch.tensor([1e-6, 1.0, 1e6, 0.0, 1e15])[:, None]
+    assert all(error(run(x * sizes)[i : i + 1], layer(x * sizes)[i : i + 1]) < 0.03 for i in range(5))
     layer.weight.zero_()
     assert error(run(x), layer(x)) < 0.03
+
+
+@torch.no_grad()
+def test_inputs_get_fewer_bits_where_sums_overflow(monkeypatch) -> None:
+    run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    class Overflows:
+        """A processor that adds pairs of products in 16 bits."""
+
+        @staticmethod
+        def default(x, scale, middle, packed):
+            return run(x, scale, middle, packed) * (0.5 if middle == 128 else 1.0)
+
+    monkeypatch.setattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", Overflows)
+    cpu_linear._int8_bits.cache_clear()
+    try:
+        assert cpu_linear._int8_bits() == 7
+        layer = nn.Linear(IN, OUT)
+        x = torch.randn(3, IN)
+        assert error(cpu_linear._FUNCTIONS["int8"](layer)(x), layer(x)) < 0.03
+
+        def gone(weight):
+            raise AttributeError("no such operator")
+
+        monkeypatch.setattr(cpu_linear, "_pack_int8", gone)
+        cpu_linear._int8_bits.cache_clear()
+        assert cpu_linear._int8_bits() is None
+        assert torch.equal(cpu_linear._FUNCTIONS["int8"](layer)(x), layer(x))
+    finally:
+        cpu_linear._int8_bits.cache_clear()
 
 
 def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> None:

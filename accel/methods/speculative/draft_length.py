@@ -28,6 +28,9 @@ WINDOW = 15
 # timings of a number of positions until they are believed alone; before, the assumption votes with them, because one
 # slow moment of the machine would otherwise end drafting for good
 TRUSTED = 4
+# A pass over a few more positions may be faster: kernels like some counts better than others. It is taken if timed this
+# much below what is needed.
+MOST_PADDING, WORTH_PADDING = 3, 0.97
 # steps after which a timing is forgotten: the machine, or its other work, may have changed meanwhile
 MEMORY = 128
 # a gain that is predicted below this is not worth the risk of the prediction
@@ -142,7 +145,7 @@ class Costs:
         fewest = below = min(self._verify)
         believed = {fewest: median(seconds for _, seconds in self._verify[fewest])}
         for n in sorted(self._verify):
-            recent = [seconds for step, seconds in self._verify[n] if self._num_steps - step < MEMORY]
+            recent = self._recent(n)
             if n != fewest and recent:
                 votes = [_assumed(believed[below], below, n)] * (TRUSTED - len(recent))
                 believed[n] = median([*recent, *votes])
@@ -151,6 +154,25 @@ class Costs:
                 for fewer in believed:
                     believed[fewer] = min(believed[fewer], believed[n])
         return believed
+
+    def padded(self, rows: int, n: int) -> int:
+        """n, or so many more positions a row as were timed to make the whole step faster."""
+        timed = {m: self._trusted(rows * m) for m in range(n, n + MOST_PADDING + 1)}
+        own = timed.pop(n)
+        known = {m: seconds for m, seconds in timed.items() if seconds is not None}
+        if own is None or not known:
+            return n
+        best = min(known, key=known.__getitem__)
+        return best if known[best] < WORTH_PADDING * own else n
+
+    def _trusted(self, positions: int) -> float | None:
+        """The median of recent timings, None where these are too few."""
+        recent = self._recent(positions)
+        return median(recent) if len(recent) >= TRUSTED else None
+
+    def _recent(self, positions: int) -> list[float]:
+        timings = self._verify.get(positions, ())
+        return [seconds for step, seconds in timings if self._num_steps - step < MEMORY]
 
     def is_stale(self, positions: int) -> bool:
         """Whether a step over so many positions was never timed, or long ago."""

@@ -23,6 +23,7 @@ from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
 from accel.methods.speculative.distill.student import Shape, build
 from accel.models import cpu_linear
+from accel.models.lean import draft_reader
 from accel.models.softmax_target import SoftmaxTarget
 
 # steps that a draft makes between two of the target, which pushes the draft's weights out of the processor's cache
@@ -99,7 +100,7 @@ def measure(
     with _stepper(target, context) as step:
         for shape in shapes:
             student = build(target, shape, kept, start="random").to(target.dtype)
-            with _stepper(student, context, may_round=True) as draft_step:
+            with _stepper(student, context, is_draft=True) as draft_step:
                 ratios = paired_ratios(partial(draft_step, 1), partial(step, 1), repeat, DRAFT_STEPS)
             found.append(Candidate(shape, student.num_parameters(), *_quantiles(ratios)))
     return found
@@ -159,11 +160,11 @@ def table(
 
 
 @contextmanager
-def _stepper(model: PreTrainedModel, context: int, may_round: bool = False) -> Iterator[Callable[[int], int]]:
+def _stepper(model: PreTrainedModel, context: int, is_draft: bool = False) -> Iterator[Callable[[int], int]]:
     """A function that reads n tokens behind ``context`` others, names the next token and forgets them again."""
-    installed = cpu_linear.install(model, may_round=may_round)
+    reader = draft_reader(model) if is_draft else SoftmaxTarget(model)
+    installed = cpu_linear.install(reader.linears, may_round=is_draft)
     try:
-        reader = SoftmaxTarget(model)
         row = reader.open()
         tokens = torch.arange(context, device=reader.device)[None] % reader.vocab_size
         reader.forward(tokens, [row], [context - 1])

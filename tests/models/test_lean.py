@@ -1,0 +1,244 @@
+"""The lean pass of draft models against transformers' own, run from scratch on each row's whole text.
+
+Tolerance: RMS(error)/RMS(reference) ≤ 1e-5 in fp32: the same products, some summed in another order.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from accel.models import cpu_linear
+from accel.models.lean import LeanDecoder, draft_reader, supports
+from accel.models.softmax_target import SoftmaxTarget
+
+VOCAB = 61
+TOLERANCE = 1e-5
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # wide enough that every position matters
+    "initializer_range": 0.3,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 128}
+
+
+def llama(**more) -> PreTrainedModel:
+    return LlamaForCausalLM(LlamaConfig(**SIZES, **more))
+
+
+MAKERS = {
+    "llama": llama,
+    "llama-tied": lambda: llama(tie_word_embeddings=True),
+    "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),
+    "llama-wide-heads": lambda: llama(head_dim=32),
+    "llama-yarn": lambda: llama(rope_parameters=YARN),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)),
+}
+
+
+@torch.no_grad()
+def made(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = MAKERS[name]().eval()
+    for parameter in model.parameters():
+        # norms and biases begin as ones and zeros, which hide whether they are used
+        if parameter.ndim == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return model
+
+
+def error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+
+
+@torch.no_grad()
+def from_scratch(model: PreTrainedModel, text: list[int], last: int) -> torch.Tensor:
+    return model(torch.tensor([text]), use_cache=False).logits[0, -last:].float()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str) -> None:
+    model = made(name)
+    reader = draft_reader(model)
+    assert isinstance(reader, LeanDecoder)
+    torch.manual_seed(1)
+    # past the first capacity of tails and rotations
+    text = torch.randint(VOCAB, (300,)).tolist()
+    row = reader.open()
+    at = 0
+    for n in (1, 7, 250, 1, 1, 5, 35):
+        logits = reader.forward(torch.tensor([text[at : at + n]]), [row])
+        reader.commit([n], [row])
+        at += n
+        assert logits.shape == (1, n, VOCAB)
+        assert error(logits[0], from_scratch(model, text[:at], n)) <= TOLERANCE
+    assert reader.num_positions(row) == at == 300
+
+
+MOVE = st.tuples(st.lists(st.booleans(), min_size=3, max_size=3), st.integers(1, 4), st.integers(0, 4), st.booleans())
+MODEL = made("llama")
+
+
+@given(st.lists(MOVE, min_size=1, max_size=6), st.integers(0, 2**20))
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
+    reader = LeanDecoder(MODEL)
+    generator = torch.Generator().manual_seed(seed)
+    names = [reader.open() for _ in range(3)]
+    texts: dict[int, list[int]] = {name: [] for name in names}
+    tentative: dict[int, list[int]] = {name: [] for name in names}
+    for who, n, kept, commits in moves:
+        chosen = [name for name, chooses in zip(names, who, strict=True) if chooses]
+        if not chosen:
+            continue
+        tokens = torch.randint(VOCAB, (len(chosen), n), generator=generator)
+        logits = reader.forward(tokens, chosen, [n - 1])
+        assert logits.shape == (len(chosen), 1, VOCAB)
+        for place, name in enumerate(chosen):
+            tentative[name] += tokens[place].tolist()
+            assert error(logits[place], from_scratch(MODEL, texts[name] + tentative[name], 1)) <= TOLERANCE
+        if commits:
+            counts = [min(kept, len(tentative[name])) for name in chosen]
+            reader.commit(counts, chosen)
+            for name, count in zip(chosen, counts, strict=True):
+                texts[name] += tentative[name][:count]
+                tentative[name] = []
+    held = sum(len(texts[name]) + len(tentative[name]) for name in names)
+    assert reader.state_bytes() == held * 2 * 2 * 2 * 8 * 4
+    reader.close(names)
+    assert reader.state_bytes() == 0
+
+
+def test_kept_positions_are_the_asked_for_ones() -> None:
+    reader = LeanDecoder(MODEL)
+    rows = [reader.open(), reader.open()]
+    tokens = torch.arange(10).view(2, 5)
+    every = reader.forward(tokens, rows)
+    reader.commit([0, 0], rows)
+    assert error(reader.forward(tokens, rows, [1, 3]), every[:, [1, 3]]) <= TOLERANCE
+
+
+def test_a_row_does_not_depend_on_its_neighbours_with_8_bits_either() -> None:
+    reader = LeanDecoder(MODEL)
+    installed = cpu_linear.install(reader.linears, "linear")
+    ways = dict.fromkeys(cpu_linear.MEASURED_ROWS, "int8")
+    for module in reader.linears:
+        module.forward = cpu_linear._FastForward(module, ways)
+    alone, first, second = reader.open(), reader.open(), reader.open()
+    torch.manual_seed(3)
+    for n in (6, 1, 2):
+        tokens = torch.randint(VOCAB, (2, n))
+        # a neighbour of another size altogether
+        both = reader.forward(tokens, [first, second])
+        assert error(both[0], reader.forward(tokens[:1], [alone])[0]) <= TOLERANCE
+    exact = from_scratch(MODEL, [1, 2, 3], 3)
+    fresh = reader.open()
+    assert TOLERANCE < error(reader.forward(torch.tensor([[1, 2, 3]]), [fresh])[0], exact) < 0.1
+    installed.remove()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2"])
+@torch.no_grad()
+def test_changed_weights_are_followed(name: str) -> None:
+    model = made(name)
+    reader = LeanDecoder(model)
+    before = from_scratch(model, [5, 9], 2)
+    attention, mlp = model.model.layers[1].self_attn, model.model.layers[0].mlp
+    for change in (
+        lambda: attention.k_proj.weight.mul_(2.0),
+        lambda: setattr(attention.v_proj, "weight", nn.Parameter(attention.v_proj.weight * -1)),
+        lambda: mlp.down_proj.weight.neg_(),
+        lambda: mlp.up_proj.weight.add_(0.1),
+        lambda: model.model.norm.weight.mul_(1.5),
+        lambda: model.lm_head.weight.roll(1, 0),
+    ):
+        change()
+        row = reader.open()
+        after = from_scratch(model, [5, 9], 2)
+        assert error(reader.forward(torch.tensor([[5, 9]]), [row])[0], after) <= TOLERANCE
+    assert error(before, after) > 0.1
+
+
+@torch.no_grad()
+def test_half_precision_weights_are_read_in_fp32() -> None:
+    model = made("llama").bfloat16()
+    reader = draft_reader(model)
+    assert isinstance(reader, LeanDecoder)
+    logits = reader.forward(torch.tensor([[5, 9, 2]]), [reader.open()])[0]
+    assert logits.dtype == torch.float32
+    assert error(logits, from_scratch(model.float(), [5, 9, 2], 3)) <= TOLERANCE
+
+
+class Changed(nn.Linear):
+    """Somebody's own layer."""
+
+
+def hooked() -> PreTrainedModel:
+    model = llama()
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def replaced() -> PreTrainedModel:
+    model = llama()
+    model.model.layers[0].mlp.up_proj = Changed(48, 80, bias=False)
+    return model
+
+
+def patched() -> PreTrainedModel:
+    model = llama()
+    model.model.layers[0].forward = model.model.layers[0].forward
+    return model
+
+
+class Derived(LlamaForCausalLM):
+    """Somebody's own model."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        hooked,
+        replaced,
+        patched,
+        lambda: Derived(LlamaConfig(**SIZES)),
+        lambda: llama(hidden_act="gelu"),
+        lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
+        lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)),
+        lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=1, n_head=4)),
+    ],
+    ids=["hooked", "replaced", "patched", "derived", "gelu", "dynamic", "window", "gpt2"],
+)
+def test_other_models_keep_their_own_pass(make) -> None:
+    model = make().eval()
+    assert not supports(model)
+    assert isinstance(draft_reader(model), SoftmaxTarget)
+
+
+def test_large_models_keep_their_own_pass(monkeypatch) -> None:
+    monkeypatch.setattr("accel.models.lean.MAX_PARAMETERS", 1000)
+    assert not supports(MODEL)
