@@ -52,6 +52,8 @@ def supports(model: PreTrainedModel) -> bool:
         and not (type(model) is MistralForCausalLM and config.sliding_window is not None)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention"}
         and all(_is_untouched(module) for module in model.modules())
+        # torch does not tell when these are written to
+        and not any(parameter.is_inference() for parameter in model.parameters())
     )
 
 
@@ -78,11 +80,10 @@ class _Joined:
         self.parts = parts
         inputs, outputs = parts[0].in_features, sum(part.out_features for part in parts)
         # nobody's random numbers are touched
-        self.linear = nn.Linear(inputs, outputs, parts[0].bias is not None, device="meta").requires_grad_(False)
-        self._made_of: tuple[tuple[int, int], ...] = ()
-        self.is_copy = len(parts) > 1 or parts[0].weight.dtype != torch.float32
-        if self.is_copy:
-            self.linear.to_empty(device="cpu")
+        has_bias = parts[0].bias is not None
+        self.linear = nn.Linear(inputs, outputs, has_bias, device="meta", dtype=torch.float32).requires_grad_(False)
+        self._made_of: tuple[object, ...] = ()
+        self._is_own = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -91,9 +92,16 @@ class _Joined:
         if now == self._made_of:
             return
         self._made_of = now
-        if not self.is_copy:
-            self.linear.weight, self.linear.bias = self.parts[0].weight, self.parts[0].bias
+        first = self.parts[0]
+        if len(self.parts) == 1 and first.weight.dtype == torch.float32:
+            self.linear.weight, self.linear.bias, self._is_own = first.weight, first.bias, False
             return
+        if not self._is_own:
+            self.linear.weight, self.linear.bias = (
+                None if old is None else nn.Parameter(torch.empty(old.shape, dtype=torch.float32), requires_grad=False)
+                for old in (self.linear.weight, self.linear.bias)
+            )
+            self._is_own = True
         # written in place, so that whoever packed the old values can see that they changed
         self.linear.weight.copy_(torch.cat([part.weight for part in self.parts]))
         if self.linear.bias is not None:
@@ -138,16 +146,15 @@ class LeanDecoder:
         self._head = _Joined([model.lm_head])
         self._joined = [*(joined for layer in self._layers for joined in layer.joined()), self._head]
         self.linears = nn.ModuleList([joined.linear for joined in self._joined])
-        self._rotation = torch.empty(2, 0, 1, self._head_size)
+        self._rotation = torch.empty(2, 0, 1, self._head_size, dtype=torch.float32)
         self._rows: dict[int, _Row] = {}
         self._next_row = 0
 
     def open(self) -> int:
         """A new, empty row; returns its name."""
         name, self._next_row = self._next_row, self._next_row + 1
-        empty = (self._kv_heads, 0, self._head_size)
-        depth = len(self._layers)
-        self._rows[name] = _Row([torch.empty(empty)] * depth, [torch.empty(empty)] * depth)
+        empty = torch.empty(self._kv_heads, 0, self._head_size, dtype=torch.float32)
+        self._rows[name] = _Row([empty] * len(self._layers), [empty] * len(self._layers))
         return name
 
     def close(self, rows: Iterable[int]) -> None:
@@ -239,7 +246,7 @@ class LeanDecoder:
         end = max(starts) + n
         if end > self._rotation.shape[1]:
             positions = torch.arange(_capacity(end))
-            cos, sin = self.model.model.rotary_emb(torch.empty(1), positions[None])
+            cos, sin = self.model.model.rotary_emb(self._rotation, positions[None])
             half = self._head_size // 2
             signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
             self._rotation = torch.stack([cos[0], signed[0]])[:, :, None]

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import pytest
 
+from accel.methods.speculative import draft_length
 from accel.methods.speculative.draft_length import (
     ASSUMED_COST_PER_POSITION,
     FIRST_PROBE,
@@ -19,7 +20,9 @@ from accel.methods.speculative.draft_length import (
     MEMORY,
     MOST_PADDING,
     STALE,
+    TRIED_PADDING,
     TRUSTED,
+    TRY_EVERY,
     WINDOW,
     Acceptance,
     AdaptiveLength,
@@ -114,7 +117,8 @@ def test_medians_resist_an_outlier_and_follow_a_change() -> None:
     assert costs.verify(1) == 4.0
 
 
-def test_a_step_is_padded_to_a_count_that_was_timed_to_be_faster() -> None:
+def test_a_step_is_padded_to_a_count_that_was_timed_to_be_faster(monkeypatch) -> None:
+    monkeypatch.setattr(draft_length, "TRY_EVERY", 10**9)
     costs = Costs()
     for seconds, count in ((1.2, 2), (1.0, 4), (0.5, 2 + MOST_PADDING + 1)):
         for _ in range(TRUSTED):
@@ -130,6 +134,19 @@ def test_a_step_is_padded_to_a_count_that_was_timed_to_be_faster() -> None:
     for _ in range(MEMORY):
         costs.observe_verify(1, 1.0)
     assert costs.padded(1, 4) == 4  # forgotten
+
+
+@pytest.mark.parametrize(("longer", "settles"), [(0.9, 2 + TRIED_PADDING), (1.1, 2)])
+def test_padding_is_tried_now_and_then_until_it_is_known(longer: float, settles: int) -> None:
+    costs, read = Costs(), []
+    for _ in range(60):
+        read.append(costs.padded(1, 2))
+        costs.observe_verify(read[-1], 1.0 if read[-1] == 2 else longer)
+    tries = [step for step, n in enumerate(read) if n != 2][:TRUSTED]
+    assert tries == [TRY_EVERY * (i + 1) for i in range(TRUSTED)]
+    assert set(read[tries[-1] + 1 :]) == {settles}
+    assert FixedLength(1).padded(1, 2) == 2
+    assert AdaptiveLength(4, costs).padded(1, 2) == settles
 
 
 def test_one_slow_moment_is_not_believed_and_a_slow_time_is_forgotten() -> None:

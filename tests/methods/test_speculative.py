@@ -241,7 +241,7 @@ def test_rows_with_different_drafts_share_a_forward() -> None:
 
 
 def test_a_padded_step_changes_no_token(monkeypatch) -> None:
-    monkeypatch.setattr(Costs, "padded", lambda self, rows, n: n + 2)
+    monkeypatch.setattr(FixedLength, "padded", lambda self, rows, n: n + 2)
     setup = Setup(right_for(2, 4))
     tokens = setup.run(request(0, (1, 2), new=13), request(1, (3, 4), new=7))
     assert tokens == {0: greedy((1, 2), 13), 1: greedy((3, 4), 7)}

@@ -193,6 +193,17 @@ def test_half_precision_weights_are_read_in_fp32() -> None:
     assert error(logits, from_scratch(model.float(), [5, 9, 2], 3)) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_a_model_that_changes_its_precision_is_followed() -> None:
+    model = made("llama")
+    reader = LeanDecoder(model)
+    model.bfloat16()
+    expected = from_scratch(made("llama").bfloat16().float(), [5, 9, 2], 3)
+    assert error(reader.forward(torch.tensor([[5, 9, 2]]), [reader.open()])[0], expected) <= TOLERANCE
+    model.float()
+    assert error(reader.forward(torch.tensor([[5, 9, 2]]), [reader.open()])[0], expected) <= TOLERANCE
+
+
 class Changed(nn.Linear):
     """Somebody's own layer."""
 
@@ -215,6 +226,11 @@ def patched() -> PreTrainedModel:
     return model
 
 
+def inferred() -> PreTrainedModel:
+    with torch.inference_mode():
+        return llama()
+
+
 class Derived(LlamaForCausalLM):
     """Somebody's own model."""
 
@@ -225,13 +241,14 @@ class Derived(LlamaForCausalLM):
         hooked,
         replaced,
         patched,
+        inferred,
         lambda: Derived(LlamaConfig(**SIZES)),
         lambda: llama(hidden_act="gelu"),
         lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}),
         lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=64)),
         lambda: GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=48, n_layer=1, n_head=4)),
     ],
-    ids=["hooked", "replaced", "patched", "derived", "gelu", "dynamic", "window", "gpt2"],
+    ids=["hooked", "replaced", "patched", "inferred", "derived", "gelu", "dynamic", "window", "gpt2"],
 )
 def test_other_models_keep_their_own_pass(make) -> None:
     model = make().eval()

@@ -110,7 +110,7 @@ class SpeculativeDecoder(RowDecoder):
         guesses = self._draft(rows)
         drafted = time.perf_counter()
         # what stands behind a row's own guess is never looked at
-        n = self.costs.padded(len(rows), 1 + max(guess.length for guess in guesses))
+        n = self.length.padded(len(rows), 1 + max(guess.length for guess in guesses))
         tokens = torch.zeros(len(rows), n, dtype=torch.long)
         for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
             tokens[index, : 1 + guess.length] = torch.tensor([live.pending, *guess.tokens])

@@ -29,8 +29,9 @@ WINDOW = 15
 # slow moment of the machine would otherwise end drafting for good
 TRUSTED = 4
 # A pass over a few more positions may be faster: kernels like some counts better than others. It is taken if timed this
-# much below what is needed.
+# much below what is needed. Whether it is gets found out by padding by TRIED_PADDING, one step in so many, until timed.
 MOST_PADDING, WORTH_PADDING = 3, 0.97
+TRIED_PADDING, TRY_EVERY = 2, 4
 # steps after which a timing is forgotten: the machine, or its other work, may have changed meanwhile
 MEMORY = 128
 # a gain that is predicted below this is not worth the risk of the prediction
@@ -156,14 +157,17 @@ class Costs:
         return believed
 
     def padded(self, rows: int, n: int) -> int:
-        """n, or so many more positions a row as were timed to make the whole step faster."""
-        timed = {m: self._trusted(rows * m) for m in range(n, n + MOST_PADDING + 1)}
-        own = timed.pop(n)
-        known = {m: seconds for m, seconds in timed.items() if seconds is not None}
-        if own is None or not known:
+        """n, or so many more positions a row as were timed to make the whole step faster, or are to be tried."""
+        own = self._trusted(rows * n)
+        if own is None:
             return n
-        best = min(known, key=known.__getitem__)
-        return best if known[best] < WORTH_PADDING * own else n
+        tried = n + TRIED_PADDING
+        if self._num_steps % TRY_EVERY == 0 and self._trusted(rows * tried) is None:
+            return tried
+        seconds = {m: self._trusted(rows * m) for m in range(n + 1, n + MOST_PADDING + 1)}
+        known = {m: each for m, each in seconds.items() if each is not None}
+        best = min(known, key=known.__getitem__, default=n)
+        return best if known and known[best] < WORTH_PADDING * own else n
 
     def _trusted(self, positions: int) -> float | None:
         """The median of recent timings, None where these are too few."""
@@ -206,6 +210,10 @@ class FixedLength:
         return len(confidences)
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None: ...
+
+    def padded(self, rows: int, n: int) -> int:
+        """n: rounding depends on how many positions are read, and a fixed length is for repeatable runs."""
+        return n
 
 
 @dataclass
@@ -313,6 +321,10 @@ class AdaptiveLength:
             estimate.observe(confidences[index], index < matches)
         if matches and self._trials[row].pause:
             self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
+
+    def padded(self, rows: int, n: int) -> int:
+        """How many positions of each row to read where n are needed."""
+        return self.costs.padded(rows, n)
 
     def _estimate(self, row: int, source: str) -> Acceptance:
         of_row = self._rows[row]
