@@ -151,13 +151,14 @@ def test_a_real_verification(tiny):
 def test_both_are_measured_with_the_layers_and_in_the_precision_that_they_decode_in(tiny, monkeypatch):
     installed = []
 
-    def install(model, way="auto", may_round=False):
-        installed.append((model.config.num_hidden_layers, model.dtype, may_round))
+    def install(module, way="auto", may_round=False):
+        installed.append((type(module).__name__, next(module.parameters()).dtype, may_round))
         return Installed((), {}, 0)
 
     monkeypatch.setattr(cpu_linear, "install", install)
     measure(tiny.build("llama").bfloat16(), [SMALL], 67, context=4, repeat=1)
-    assert installed == [(2, torch.bfloat16, False), (1, torch.bfloat16, True)]
+    # the draft's are those of the lean pass
+    assert installed == [("LlamaForCausalLM", torch.bfloat16, False), ("ModuleList", torch.float32, True)]
 
 
 @pytest.mark.parametrize(
