@@ -465,7 +465,7 @@ def test_a_row_is_opened_once_and_a_refusal_leaves_nothing():
     drafter.open(0, [5], seed=0)
     with pytest.raises(AccelError, match="row 0 is already open"):
         drafter.open(0, [5], seed=0)
-    assert len(drafter.reader._rows) == 1
+    assert len(drafter.reader.cache.rows) == 1
 
 
 # cost
