@@ -6,16 +6,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accel.api import Model, attach, detach, generate, load, stats
+    from accel.api import Model, attach, cartridges, detach, generate, load, stats
     from accel.artifacts import Artifact
     from accel.drafters.base import Ask, Draft, Drafter
     from accel.errors import AccelError
+    from accel.methods.cartridge.cartridge import Cartridge
+    from accel.methods.cartridge.store import CartridgeStore
     from accel.types import Stats
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "attach": "accel.api",
+    "cartridges": "accel.api",
     "detach": "accel.api",
     "generate": "accel.api",
     "load": "accel.api",
@@ -23,6 +26,8 @@ _HOMES = {
     "Model": "accel.api",
     "Artifact": "accel.artifacts",
     "Ask": "accel.drafters.base",
+    "Cartridge": "accel.methods.cartridge.cartridge",
+    "CartridgeStore": "accel.methods.cartridge.store",
     "Draft": "accel.drafters.base",
     "Drafter": "accel.drafters.base",
     "AccelError": "accel.errors",
@@ -33,11 +38,14 @@ __all__ = [
     "AccelError",
     "Artifact",
     "Ask",
+    "Cartridge",
+    "CartridgeStore",
     "Draft",
     "Drafter",
     "Model",
     "Stats",
     "attach",
+    "cartridges",
     "detach",
     "generate",
     "load",

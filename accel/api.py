@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any
@@ -16,6 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorS
 from accel.engine.attached import SHARED_OPTIONS, STATE, Attached
 from accel.errors import AccelError, ModelError, OptionError
 from accel.methods import get
+from accel.methods.cartridge import template
+from accel.methods.cartridge.store import CartridgeStore
 from accel.models.loading import load_model
 from accel.types import Stats
 
@@ -29,11 +31,14 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     """Accelerate ``model.generate()`` from now on; returns the same model.
 
     ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft, or a
-    ``Drafter``. ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain".
-    ``options``: the method's own (listed by ``accel methods``), and for every method ``seed`` and ``cpu_linear``
-    ("auto", "packed", "transposed", "linear": how fp32 linear layers run on a CPU). ``log``: a file to which each
-    finished row's prompt and new tokens are appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it
-    and the older ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it name the tokenizer.
+    ``Drafter``; and any number of cartridges (paths, ids, ``Cartridge`` objects), which stand in front of every prompt
+    in the order given unless a call says ``generate(…, cartridges=[…])``. ``method``: "speculative" (the default;
+    lossless unless lenience is asked for) or "plain". ``options``: the method's own (listed by ``accel methods``), and
+    for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run
+    on a CPU). ``log``: a file to which each finished row's prompt and new tokens are appended, for ``accel distill
+    draft``; ``log_max_bytes`` (100 MB) bounds it and the older ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it
+    name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in memory: those that no call reads are dropped
+    and read again when needed.
     """
     attached = Attached(model, artifacts, method, options)
     detach(model)
@@ -89,6 +94,18 @@ def stats(model: PreTrainedModel) -> Stats:
     return found
 
 
+def cartridges(model: PreTrainedModel) -> CartridgeStore:
+    """The cartridges of an attached model: ``add``, ``remove``, ``names``, ``nbytes``, ``report``, at any time.
+
+    Calls name what they read: ``model.generate(…, cartridges=[name, …])``.
+    """
+    attached = model.__dict__.get(STATE)
+    if attached is None:
+        raise AccelError("the model is not attached: accel.attach(model) first")
+    store: CartridgeStore = attached.cartridges.store
+    return store
+
+
 def load(
     name_or_path: str,
     artifacts: Sequence[object] = (),
@@ -130,11 +147,11 @@ class Model:
 
     def generate(self, prompt: str, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> str:
         """Continue a text; returns the new text only."""
-        return self._text(self._encode(prompt), max_new_tokens, generate_kwargs)
+        return self._text(self._encode(prompt, generate_kwargs), max_new_tokens, generate_kwargs)
 
     def chat(self, messages: str | Messages, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> str:
         """Answer a message, or a conversation of {"role", "content"} messages, through the model's chat template."""
-        return self._text(self._encode_chat(messages), max_new_tokens, generate_kwargs)
+        return self._text(self._encode_chat(messages, generate_kwargs), max_new_tokens, generate_kwargs)
 
     def stream(self, messages: str | Messages, *, max_new_tokens: int = 256, **generate_kwargs: Any) -> Iterator[str]:
         """Like ``chat``, in pieces as soon as they are final; plain continuation for models without a template."""
@@ -142,7 +159,10 @@ class Model:
         has_template = getattr(tokenizer, "chat_template", None) is not None
         if not has_template and not isinstance(messages, str):
             raise OptionError("this model has no chat template: stream() takes one string of text for it")
-        inputs = self._encode_chat(messages) if has_template else self._encode(str(messages))
+        if has_template:
+            inputs = self._encode_chat(messages, generate_kwargs)
+        else:
+            inputs = self._encode(str(messages), generate_kwargs)
         streamer = _Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)
         failure: list[BaseException] = []
 
@@ -171,16 +191,28 @@ class Model:
             raise ModelError("this model was loaded without a tokenizer: call .model.generate() with token ids")
         return self.tokenizer
 
-    def _encode(self, prompt: str) -> dict[str, Tensor]:
-        encoded = self._tokenizer()(prompt, return_tensors="pt")
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+    def _encode(self, prompt: str, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        tokenizer = self._tokenizer()
+        if self._template(settings) is not None:
+            return self._batch_of_one(template.text_ids(tokenizer, prompt))
+        return self._batch_of_one(tokenizer(prompt)["input_ids"])
 
-    def _encode_chat(self, messages: str | Messages) -> dict[str, Tensor]:
+    def _encode_chat(self, messages: str | Messages, settings: Mapping[str, Any]) -> dict[str, Tensor]:
         conversation = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
-        encoded = self._tokenizer().apply_chat_template(
-            conversation, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        tokenizer, kind = self._tokenizer(), self._template(settings)
+        if kind is not None:
+            return self._batch_of_one(template.query_ids(tokenizer, conversation, kind))
+        encoded = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, return_dict=True)
+        return self._batch_of_one(encoded["input_ids"])
+
+    def _template(self, settings: Mapping[str, Any]) -> str | None:
+        """How the cartridges of a call with these settings were made to be followed; None where it has none."""
+        attached: Attached = self.model.__dict__[STATE]
+        return attached.cartridges.template(settings.get("cartridges"))
+
+    def _batch_of_one(self, ids: Sequence[int]) -> dict[str, Tensor]:
+        input_ids = torch.tensor([list(ids)], device=self.model.device)
+        return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
     def _text(self, inputs: dict[str, Tensor], max_new_tokens: int, generate_kwargs: dict[str, Any]) -> str:
         ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, **generate_kwargs)

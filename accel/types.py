@@ -33,6 +33,10 @@ class Request:
     # keep raw logits / processed scores of every kept token, for return_dict_in_generate
     keep_logits: bool = False
     keep_scores: bool = False
+    # immutable context in front of the prompt, shared with other rows (accel.models.row_cache.Segment), in order
+    segments: tuple[Any, ...] = ()
+    # the same for a draft model, which reads the prompt alone where there is none
+    draft_segments: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Stats:
 
     method: str = "plain"
     lossless: bool = True
+    # the cartridges that the call's rows read, by name, each once; their tokens are no prompt tokens
+    cartridges: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
     generated_tokens: int = 0
     # forward passes of the target after prefill, each counted once whatever its batch

@@ -20,9 +20,9 @@ from accel.bench.runner import Runner
 from accel.bench.session import Ground, Plan, Progress, conduct
 from accel.bench.theory import Along, Prediction, along, predict, read
 from accel.bench.workloads import encode
+from accel.distill.forward import Scorer
 from accel.errors import OptionError
 from accel.methods.speculative.distill.data import Translation
-from accel.methods.speculative.distill.forward import Scorer
 from accel.methods.speculative.options import SpeculativeOptions
 
 DECODINGS = {0.0: "greedy", 1.0: "temperature 1"}

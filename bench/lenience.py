@@ -25,8 +25,8 @@ from accel.bench.metrics import wilson
 from accel.bench.runner import Runner
 from accel.bench.session import Ground, Plan, Progress, conduct
 from accel.bench.workloads import GSM8K_MARK, Prompt, encode
+from accel.distill.forward import Scorer
 from accel.errors import OptionError
-from accel.methods.speculative.distill.forward import Scorer
 from accel.methods.speculative.options import SpeculativeOptions
 
 RULES = ("lin", "sq", "exp")

@@ -25,11 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.methods.speculative.distill.data import Batch, Translation, collate
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.losses import Teacher, acceptance, pair
+from accel.distill.batches import Batch, collate
+from accel.distill.forward import Scorer
+from accel.distill.losses import Teacher, acceptance, pair
+from accel.distill.teacher import judge_all
+from accel.methods.speculative.distill.data import Translation
 from accel.methods.speculative.distill.measure import block_efficiency, round_begins
-from accel.methods.speculative.distill.teacher import judge_all
 
 # tokens judged at once: each holds the target's whole distribution
 STRETCH = 64

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from accel.axes import Target
+from accel.models.row_cache import Segment
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,21 @@ class TargetReader(Protocol):
 
     def listen(self, target: Target) -> None: ...
     def follow(self, row: int, target: Target, target_row: int) -> None: ...
+
+
+@runtime_checkable
+class SegmentReader(Protocol):
+    """A drafter whose rows may begin behind immutable context of its own model: ``open_behind`` instead of ``open``."""
+
+    def open_behind(self, segments: Sequence[Segment], row: int, prompt: Sequence[int], seed: int) -> None: ...
+
+
+def open_row(drafter: Drafter, segments: Sequence[Segment], row: int, prompt: Sequence[int], seed: int) -> None:
+    """Open a row behind ``segments`` where there are any and the drafter can read them, else on the prompt alone."""
+    if segments and isinstance(drafter, SegmentReader):
+        drafter.open_behind(segments, row, prompt, seed)
+    else:
+        drafter.open(row, prompt, seed)
 
 
 def leaves(drafter: Drafter) -> list[Drafter]:

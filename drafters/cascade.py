@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from accel.drafters.base import Ask, Draft, Drafter, leaves
+from accel.drafters.base import Ask, Draft, Drafter, leaves, open_row
 from accel.errors import OptionError
+from accel.models.row_cache import Segment
 
 
 class CascadeDrafter:
@@ -32,9 +33,12 @@ class CascadeDrafter:
         self.free = first.free and then.free
 
     def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
-        self.first.open(row, prompt, seed)
+        self.open_behind((), row, prompt, seed)
+
+    def open_behind(self, segments: Sequence[Segment], row: int, prompt: Sequence[int], seed: int) -> None:
+        open_row(self.first, segments, row, prompt, seed)
         try:
-            self.then.open(row, prompt, seed)
+            open_row(self.then, segments, row, prompt, seed)
         except BaseException:
             # Half an open row could be neither opened again nor closed
             self.first.close(row)

@@ -17,6 +17,7 @@ from accel.drafters.base import Ask, Draft
 from accel.drafters.growing import Growing
 from accel.errors import AccelError, IncompatibleError
 from accel.models.lean import draft_reader
+from accel.models.row_cache import Segment
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,15 @@ class SmallLMDrafter:
         self._rows: dict[int, _Row] = {}
 
     def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
+        self.open_behind((), row, prompt, seed)
+
+    def open_behind(self, segments: Sequence[Segment], row: int, prompt: Sequence[int], seed: int) -> None:
+        """``segments``: context of the draft model's own, in front of the prompt."""
         if row in self._rows:
             raise AccelError(f"row {row} is open already: close it first")
         # the draft's randomness must be its own: the row's generator decides what is accepted
         generator = torch.Generator().manual_seed((seed ^ 0x5EED_D12A) & 0x7FFF_FFFF_FFFF_FFFF)
-        self._rows[row] = _Row(self.reader.open(), generator, list(prompt))
+        self._rows[row] = _Row(self.reader.open(segments), generator, list(prompt))
 
     def close(self, row: int) -> None:
         state = self._rows.pop(row, None)

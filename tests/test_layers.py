@@ -16,7 +16,7 @@ import accel
 FOLDERS = {"accel": "accel", "kernels": "accel.kernels", "drafters": "accel.drafters", "bench": "accel.bench"}
 LEAVES = {"types", "errors", "sampling", "axes", "artifacts", "request_log"}
 # a module imports its own layer and those before it; "" is accel/__init__.py, the public names
-ORDER = ["kernels", "models", "drafters", "methods", "engine", "api", "", "server", "bench", "cli"]
+ORDER = ["kernels", "models", "drafters", "distill", "methods", "engine", "api", "", "server", "bench", "cli"]
 BENCH_MAY = {
     "accel.errors",
     "accel.types",
@@ -24,6 +24,7 @@ BENCH_MAY = {
     # the suites `drafts` and `lenience` hold drafts against theory: they load them as attach() does, read what their
     # manifests say, and ask the divergences that they were distilled with, because a second copy could differ
     "accel.artifacts",
+    "accel.distill",
     "accel.drafters.small_lm",
     "accel.engine.drafts",
     # an arm is attached again for each of its runs, as what it was before

@@ -50,7 +50,7 @@ def file_digest(path: str | Path) -> str:
 def config_digest(config: Any) -> str:
     """sha256 of a model configuration (a transformers config or its dict), without the volatile keys."""
     raw = config if isinstance(config, Mapping) else config.to_dict()
-    return _json_digest(_stable(raw))
+    return _json_digest(stable_settings(raw))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -85,13 +85,13 @@ def describe_base(config: Any, tokenizer: Any = None, *, name: str, revision: st
     )
 
 
-def _stable(value: Any) -> Any:
+def stable_settings(value: Any) -> Any:
     """Drop volatile and private keys and nulls (a newer library adds optional fields as null), at every depth."""
     if isinstance(value, Mapping):
         items = ((str(key), item) for key, item in value.items())
-        return {k: _stable(v) for k, v in items if k not in _VOLATILE_KEYS and k[:1] != "_" and v is not None}
+        return {k: stable_settings(v) for k, v in items if k not in _VOLATILE_KEYS and k[:1] != "_" and v is not None}
     if isinstance(value, (list, tuple)):
-        return [_stable(item) for item in value]
+        return [stable_settings(item) for item in value]
     # 10000 and 10000.0 are one setting, written differently by different savers
     if isinstance(value, float) and value.is_integer():
         return int(value)

@@ -1,4 +1,4 @@
-"""`accel artifact`: list, inspect and verify artifacts on this machine. Knows no method and loads no model."""
+"""`accel artifact`: list, inspect and verify artifacts on this machine. Knows of methods only what verifying needs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
-from accel.artifacts import list_artifacts, read_manifest, resolve
+from accel.artifacts import Check, list_artifacts, open_artifact, read_manifest, resolve
 from accel.artifacts import verify as verify_artifact
-from accel.errors import AccelError
+from accel.errors import AccelError, OptionError
+
+# what the path of a cartridge is proved with: tokens of context, and rows of so many tokens behind it
+_PARITY_TOKENS = 512
+_PARITY_QUERIES = (1, 7, 24)
 
 _AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout instead of text.")
 
@@ -92,14 +97,78 @@ def inspect(path: str, as_json: bool) -> None:
 
 
 @artifact.command()
+@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--model", metavar="NAME", required=True, help="The model that SOURCE was made for.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", required=True, help="Artifact to write.")
+@click.option(
+    "--format",
+    "layout",
+    default="auto",
+    show_default=True,
+    help="hazy (HazyResearch, both layouts), attention-matching, kvpress; auto goes by what the file holds.",
+)
+@click.option("--positions", type=int, help="Tokens of the original context, where SOURCE does not say it (kvpress).")
+@click.option(
+    "--template",
+    default="text",
+    show_default=True,
+    help="What it stands for in a prompt: text (in front of anything) or system (the chat's system message).",
+)
+@click.option("--dtype", default="auto", show_default=True, help="Of MODEL and file: auto, float32, bfloat16, float16.")
+@_AS_JSON
+def convert(
+    source: Path,
+    model: str,
+    output: Path,
+    layout: str,
+    positions: int | None,
+    template: str,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Turn SOURCE, a cartridge or compressed cache of another project, into an artifact.
+
+    Pickle files are read by a restricted reader that builds tensors and plain containers alone.
+    """
+    from accel.methods.cartridge.convert import read
+    from accel.methods.cartridge.convert.adopt import adopt
+    from accel.models.loading import load_model
+
+    with _one_line():
+        foreign = read(source, layout)
+        loaded, tokenizer = load_model(model, device="cpu", dtype=dtype)
+        cartridge = adopt(foreign, output.name, loaded, tokenizer, template=template, positions=positions)
+        base = dataclasses.replace(cartridge.base, name=model)
+        made = {"source": source.name, **foreign.details}
+        written = dataclasses.replace(cartridge, base=base).save(output, made=made)
+    if as_json:
+        _print_json({"path": str(written.path), **dataclasses.asdict(written.manifest)})
+    else:
+        click.echo(f"{written.path}: {cartridge.num_tokens} slots, {foreign.details.get('format')}, for {model}")
+
+
+@artifact.command()
 @click.argument("path")
+@click.option(
+    "--model", metavar="NAME", help="cartridge: the model to prove it with. [default: the one it was made for]"
+)
+@click.option("--files-only", is_flag=True, help="cartridge: load no model, look at the files alone.")
 @_AS_JSON
 @click.pass_context
-def verify(context: click.Context, path: str, as_json: bool) -> None:
-    """Check every file of the artifact PATH, a folder or an id: digests, sizes, links, NaN and infinity."""
+def verify(context: click.Context, path: str, model: str | None, files_only: bool, as_json: bool) -> None:
+    """Check every file of the artifact PATH, a folder or an id: digests, sizes, links, NaN and infinity.
+
+    A cartridge is also held against its model, and the model is made to read a whole text through the cartridge path:
+    the logits must be those of the text in the prompt.
+    """
     with _one_line():
         folder = resolve(path)
-    checks = verify_artifact(folder)
+        checks = verify_artifact(folder)
+        is_cartridge = all(check.ok for check in checks) and read_manifest(folder).kind == "cartridge"
+        if not is_cartridge and (model is not None or files_only):
+            raise OptionError(f"{path} is no sound cartridge: --model and --files-only are for cartridges")
+        if is_cartridge and not files_only:
+            checks += _cartridge_checks(folder, model)
     failed = [check for check in checks if not check.ok]
     if as_json:
         rows = [dataclasses.asdict(check) for check in checks]
@@ -111,3 +180,24 @@ def verify(context: click.Context, path: str, as_json: bool) -> None:
             click.echo(f"{folder}: all {len(checks)} checks passed")
     if failed:
         context.exit(1)
+
+
+def _cartridge_checks(folder: Path, name: str | None) -> list[Check]:
+    """Load the cartridge's model, read the cartridge for it, and prove the path that it is read on."""
+    from accel.methods.cartridge import parity
+    from accel.methods.cartridge.cartridge import Cartridge
+    from accel.models.loading import load_model
+
+    opened = open_artifact(folder)
+    model, tokenizer = load_model(name or opened.manifest.base.name, device="auto", dtype="auto")
+    try:
+        cartridge = Cartridge.load(opened, model, tokenizer)
+    except AccelError as error:
+        return [Check("model", False, str(error))]
+    # any text does: what is proved is the path
+    length = min(cartridge.num_tokens, _PARITY_TOKENS)
+    ids = [(7 * place + 11) % opened.manifest.base.vocab_size for place in range(length + max(_PARITY_QUERIES))]
+    found = parity.ratio(model, ids[:length], [ids[length : length + size] for size in _PARITY_QUERIES])
+    allowed = parity.tolerance(model)
+    detail = f"RMS ratio {found:.1e} of {length} tokens through the cartridge path, at most {allowed:.0e} allowed"
+    return [Check("model", True, f"fits {opened.manifest.base.name}"), Check("parity", found <= allowed, detail)]

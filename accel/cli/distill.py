@@ -118,8 +118,8 @@ def draft(
     # torch takes seconds to import: not for --help
     import torch
 
+    from accel.distill.prompts import read
     from accel.methods.speculative.distill.plan import prepare
-    from accel.methods.speculative.distill.prompts import read
     from accel.methods.speculative.distill.recipe import Recipe, distill_draft
     from accel.models.loading import load_model
 
@@ -163,6 +163,144 @@ def draft(
     document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": artifact.manifest.measured}
     document["made"] = artifact.manifest.made
     emit(document, _report(artifact, prepared), as_json=as_json)
+
+
+@distill.command("cartridge")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option(
+    "--corpus",
+    "corpus_files",
+    multiple=True,
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The document, as UTF-8 text. Repeatable: cartridges of one call learn to stand together.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="The artifact to write; of several, their parent.",
+)
+@click.option(
+    "--work",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Conversations and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
+)
+@click.option("--tokens", type=int, help="Slots of the cartridge: what stands in for the document.")
+@click.option("--compression", type=float, help="Or: tokens of the document for one slot, as in 16.")
+@click.option(
+    "--method",
+    default="self-study",
+    show_default=True,
+    help="self-study (trained), compact (fitted in seconds, worse) or whole (every token, exact).",
+)
+@click.option("--instruction", default="", help="What stands in front of the document in its message.")
+@click.option(
+    "--template",
+    default="system",
+    show_default=True,
+    help="The document is a system message (system) or stands in front of plain text (text).",
+)
+@click.option("--start", default="chunks", show_default=True, help="First slots: chunks, first or random.")
+@click.option("--sink-tokens", type=int, default=1, show_default=True, help="First slots that training leaves alone.")
+@click.option("--conversations", type=int, default=1024, show_default=True, help="Questions that MODEL asks itself.")
+@click.option("--shortest-chunk", type=int, default=256, show_default=True, help="Tokens in view of a conversation…")
+@click.option("--longest-chunk", type=int, default=1024, show_default=True, help="… at random between these.")
+@click.option("--per-chunk", type=int, default=16, show_default=True, help="Conversations about one piece.")
+@click.option("--question-tokens", type=int, default=48, show_default=True, help="Length limit of questions.")
+@click.option("--answer-tokens", type=int, default=96, show_default=True, help="Length limit of answers.")
+@click.option("--k", type=int, default=32, show_default=True, help="Tokens of MODEL's distribution kept a position.")
+@click.option("--steps", type=int, default=400, show_default=True, help="Training steps.")
+@click.option("--batch-tokens", type=int, default=2048, show_default=True, help="Tokens of a batch, with padding.")
+@click.option("--learning-rate", type=float, default=0.02, show_default=True, help="At its peak.")
+@click.option(
+    "--together",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help="Of several documents: share of the steps in which all cartridges stand together.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of questions, pieces, batches.")
+@click.option("--max-disk", default="2GB", show_default=True, help="Bound on conversations, checkpoints, artifacts.")
+@click.option("--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32.")
+@click.option("--threads", type=int, help="CPU threads of torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16.")
+@click.option("--plan", "only_plan", is_flag=True, help="Show tokens, slots and disk use, and stop.")
+@json_option
+def cartridge(
+    model: str,
+    corpus_files: tuple[Path, ...],
+    output: Path | None,
+    work: Path | None,
+    max_disk: str,
+    weights: str,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    only_plan: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Make a cartridge of a document: a small key-value cache that stands in for it in front of prompts."""
+    if output is None and not only_plan:
+        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
+    import torch
+
+    from accel.methods.cartridge.distill.recipe import Recipe, distill_cartridges, prepare, read_corpora, summary
+    from accel.models.loading import load_model
+
+    recipe = Recipe(max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
+    corpora = read_corpora(corpus_files, recipe)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress() as progress:
+        progress("loading the model …")
+        target, tokenizer = load_model(model, device=device, dtype=dtype)
+        if tokenizer is None:
+            raise OptionError(f"{model} brings no tokenizer: documents cannot be read without one")
+        prepared = prepare(target, tokenizer, corpora, recipe)
+        if only_plan:
+            progress("")
+            emit(prepared.as_dict(), _cartridge_plan(prepared.as_dict()), as_json=as_json)
+            return
+        assert output is not None
+        outputs = [output] if len(corpora) == 1 else [output / each.name for each in corpora]
+        artifacts = distill_cartridges(
+            target,
+            tokenizer,
+            corpora,
+            recipe,
+            work or output.with_name(output.name + ".work"),
+            outputs,
+            progress,
+            name=model,
+            command=shlex.join(["accel", *sys.argv[1:]]),
+            prepared=prepared,
+        )
+    rows = summary(artifacts, prepared)
+    lines = [
+        f"{row['path']}: {row['slots']} slots for {row['tokens']} tokens ({row['compression']}x)"
+        + (
+            f"; divergence on {row['held_out']} held-out conversations {row['divergence_before']} → {row['divergence']}"
+            if row.get("held_out")
+            else ""
+        )
+        for row in rows
+    ]
+    emit({"artifacts": rows, **prepared.as_dict()}, "\n".join(lines), as_json=as_json)
+
+
+def _cartridge_plan(document: dict[str, Any]) -> str:
+    disk = document["disk"]
+    rows = [
+        f"{each['name']}: {each['slots']} slots for {each['tokens']} tokens ({each['compression']}x)"
+        for each in document["documents"]
+    ]
+    parts = ", ".join(f"{name} {_size(disk[name])}" for name in ("lessons", "checkpoints", "artifacts"))
+    return "\n".join([*rows, f"disk: at most {_size(disk['total'])} ({parts})"])
 
 
 def _costs(target: Any, recipe: Recipe) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 from accel.artifacts import describe_base
 from accel.axes import Decoder
 from accel.drafters.base import Drafter
+from accel.engine.cartridges import Cartridges, Seat, notes
 from accel.engine.drafts import drafter_from
 from accel.engine.transformers_call import DecoderFactory, PreparedCall
 from accel.errors import AccelError, IncompatibleError, OptionError
@@ -31,7 +32,15 @@ log = logging.getLogger("accel")
 STATE, GENERATE = "_accel_attached", "generate"
 
 # options that every method understands
-SHARED_OPTIONS = ("seed", "cpu_linear", "tokenizer", "draft_tokenizer", "log", "log_max_bytes")
+SHARED_OPTIONS = (
+    "seed",
+    "cpu_linear",
+    "tokenizer",
+    "draft_tokenizer",
+    "log",
+    "log_max_bytes",
+    "cartridge_max_bytes",
+)
 
 # arguments whose work our loop does not do
 _NOT_OURS = ("inputs_embeds", "negative_prompt_ids", "custom_generate", "synced_gpus")
@@ -56,12 +65,23 @@ class Attached:
         shared = {name: options.pop(name) for name in SHARED_OPTIONS if name in options}
         self.seed: int | None = _checked_seed(shared.get("seed"))
         self.cpu_linear: str = shared.get("cpu_linear", "auto")
+        claimed = [Cartridges.claims(each) for each in artifacts]
+        drafts = [each for each, cartridge in zip(artifacts, claimed, strict=True) if cartridge is None]
         # somebody chose to speculate, so that a call which cannot is an error and not a fallback
-        self.insists = bool(artifacts) or method is not None or bool(options)
+        self.insists = bool(drafts) or method is not None or bool(options)
+        if self.method.axis != "decoder":
+            raise OptionError(
+                f"method {self.method.name!r} is on the {self.method.axis} axis and decodes nothing: pass its artifact "
+                "and leave method out"
+            )
         cls = self.method.load_options()
         assert cls is not None, "every decoder has options"
         self.options = options_from(cls, options, f"method {self.method.name!r}")
-        self.draft = self._draft(artifacts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
+        self.draft = self._draft(drafts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
+        self.cartridges = Cartridges(model, self.draft, shared.get("tokenizer"), shared.get("cartridge_max_bytes"))
+        for cartridge in claimed:
+            if cartridge is not None:
+                self.cartridges.attach(cartridge)
         self.stats = Stats()
         self._said: set[str] = set()
         self._busy = False
@@ -96,9 +116,16 @@ class Attached:
         stopping_criteria: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """transformers' generate(), with the decoding done by accel wherever the arguments allow it."""
-        with self._one_call_at_a_time():
-            return self._generate(inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
+        """transformers' generate(), with the decoding done by accel wherever the arguments allow it.
+
+        ``cartridges``: what stands in front of the prompts, in order: a list for every row, or one list a row; by
+        default the attached ones, and none with an empty list.
+        """
+        ids = inputs if inputs is not None else kwargs.get("input_ids")
+        num_rows = len(ids) if isinstance(ids, Tensor) else 1
+        asked = kwargs.pop("cartridges", None)
+        with self._one_call_at_a_time(), self.cartridges.use(asked, num_rows) as seats:
+            return self._generate(inputs, generation_config, logits_processor, stopping_criteria, seats, **kwargs)
 
     @contextmanager
     def _one_call_at_a_time(self) -> Iterator[None]:
@@ -112,13 +139,22 @@ class Attached:
             self._busy = False
 
     def _generate(
-        self, inputs: Any, generation_config: Any, logits_processor: Any, stopping_criteria: Any, **kwargs: Any
+        self,
+        inputs: Any,
+        generation_config: Any,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        seats: Sequence[Seat],
+        **kwargs: Any,
     ) -> Any:
         _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"))
         settings = _Settings(self.model, generation_config, kwargs)
         reason = self._reason_for_transformers(settings, kwargs)
         self.stats = Stats()
         plain_generate = type(self.model).generate
+        self.stats.cartridges = list(dict.fromkeys(each.name for seat in seats for each in seat.cartridges))
+        for note in notes(seats):
+            self._say(note)
         if reason is not None:
             self._leave_to_transformers(reason)
             return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
@@ -142,7 +178,7 @@ class Attached:
                 config,
                 logits_processor,
                 criteria,
-                custom_generate=self._decoding_method(factory, kwargs.get("streamer")),
+                custom_generate=self._decoding_method(factory, kwargs.get("streamer"), seats),
                 **kwargs,
             )
 
@@ -204,7 +240,7 @@ class Attached:
 
         return make
 
-    def _decoding_method(self, factory: DecoderFactory, streamer: Any) -> Any:
+    def _decoding_method(self, factory: DecoderFactory, streamer: Any, seats: Sequence[Seat]) -> Any:
         """The callable for transformers' seam."""
 
         def decode(
@@ -216,7 +252,15 @@ class Attached:
             **inputs: Any,
         ) -> Any:
             call = PreparedCall(
-                model, input_ids, logits_processor, stopping_criteria, generation_config, inputs, streamer, self.seed
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                inputs,
+                streamer,
+                self.seed,
+                seats,
             )
             obstacle = call.obstacle()
             if obstacle is None:
@@ -238,9 +282,7 @@ class Attached:
         if not artifacts:
             return None
         if self.method.name != "speculative":
-            raise IncompatibleError(
-                f"method {self.method.name!r} takes no artifact: leave it out, or use 'speculative'"
-            )
+            raise IncompatibleError(f"method {self.method.name!r} takes no draft: leave it out, or use 'speculative'")
         if len(artifacts) > 1:
             raise IncompatibleError(f"{len(artifacts)} artifacts given: speculative decoding takes one draft")
         return drafter_from(artifacts[0], self.model, tokenizer, draft_tokenizer)
@@ -262,13 +304,21 @@ class Attached:
         return self._speculators[key]
 
     def _leave_to_transformers(self, reason: str) -> None:
+        if self.stats.cartridges:
+            raise IncompatibleError(
+                f"{reason}, which transformers would decode without the cartridges {', '.join(self.stats.cartridges)}: "
+                "change the call, or pass cartridges=[] to leave them out"
+            )
         self._say(f"decoded by transformers, not by accel: {reason}")
         if self._request_log is not None:
             self._say("not logged: only rows that accel decodes are")
 
     def _log_row(self, prompt: Tensor, new: list[int]) -> None:
         """Put a finished row into the log, if there is one; what keeps it out is a note, and the call goes on."""
-        problem = None if self._request_log is None else self._request_log.append(prompt.tolist(), new)
+        if self._request_log is not None and self.stats.cartridges:
+            problem: str | None = "not logged: a draft would learn the answer without the cartridge that it came from"
+        else:
+            problem = None if self._request_log is None else self._request_log.append(prompt.tolist(), new)
         if problem is not None and problem not in self.stats.notes:
             self._say(problem)
 

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from accel.axes import Decoder
+from accel.engine.cartridges import Seat
 from accel.engine.loop import Engine
 from accel.engine.stopping import CriteriaStopper, Stopper, TogetherStopper, end_tokens
 from accel.errors import OptionError
@@ -47,6 +48,8 @@ class PreparedCall:
     inputs: dict[str, Any]
     streamer: BaseStreamer | None
     seed: int | None
+    # what stands in front of the prompts: one seat for all, or one a prompt as the caller gave them
+    seats: Sequence[Seat] = (Seat(),)
 
     def obstacle(self) -> str | None:
         """Why this call cannot be decoded row by row, or None where it can."""
@@ -72,10 +75,12 @@ class PreparedCall:
         target = SoftmaxTarget(self.model)
         prompts = self._prompts()
         max_new = self._max_new_tokens()
-        _check_context(target, prompts, max_new)
+        _check_context(target, [len(p) + self._seat(i).num_positions for i, p in enumerate(prompts)], max_new)
         together = self._must_stay_in_step()
         requests = self._requests(prompts, max_new)
         decoder = make_decoder(target, stats, together)
+        # a cartridge that is not the document itself only stands in for it
+        stats.lossless &= all(each.parameters.exact for seat in self.seats for each in seat.cartridges)
         columns = Columns(self, len(prompts), pads_after_end=self._has_eos() or not together)
         pad = columns.pad if self._has_eos() else None
         engine = Engine(decoder, self._stopper(max_new, together), in_step=together, pad=pad)
@@ -89,6 +94,10 @@ class PreparedCall:
                     row_finished(prompts[chunk.request_id], columns.tokens(chunk.request_id))
         stats.generated_tokens = columns.num_counted
         return columns.finish(stats)
+
+    def _seat(self, row: int) -> Seat:
+        """transformers repeats each prompt num_return_sequences times, next to one another."""
+        return self.seats[row * len(self.seats) // len(self.input_ids)]
 
     def _are_usual(self, positions: Tensor) -> bool:
         fits = positions.ndim == 2 and positions.shape[1] == self.input_ids.shape[1]
@@ -151,6 +160,8 @@ class PreparedCall:
                 pipeline=pipeline,
                 keep_logits=bool(config.return_dict_in_generate and config.output_logits),
                 keep_scores=bool(config.return_dict_in_generate and config.output_scores),
+                segments=self._seat(index).segments,
+                draft_segments=self._seat(index).draft_segments,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -161,15 +172,18 @@ def row_seed(base: int, index: int) -> int:
     return (base + index * 0x9E37_79B9_7F4A_7C15) & 0x7FFF_FFFF_FFFF_FFFF
 
 
-def _check_context(target: SoftmaxTarget, prompts: Sequence[Tensor], max_new: int) -> None:
-    """Refuse prompts that do not fit the model's positions, and lengths that would run off a learned table."""
+def _check_context(target: SoftmaxTarget, lengths: Sequence[int], max_new: int) -> None:
+    """Refuse prompts that do not fit the model's positions, and lengths that would run off a learned table.
+
+    ``lengths``: positions of each prompt with the cartridges in front of it.
+    """
     limit = target.max_positions
-    longest = max(len(p) for p in prompts)
+    longest = max(lengths)
     name = type(target.model).__name__
     if limit is None:
         return
     if longest > limit:
-        raise OptionError(f"the prompt has {longest} tokens, {name} has {limit} positions: shorten the prompt")
+        raise OptionError(f"the prompt takes {longest} positions, {name} has {limit}: shorten the prompt")
     # the last token is never read, so one more than the positions can be generated
     if longest + max_new > limit + 1 and target.has_position_table:
         raise OptionError(

@@ -43,6 +43,13 @@ TABLE: dict[str, MethodInfo] = {
             "accel.methods.speculative.options:SpeculativeOptions",
             "drafted tokens verified by the target, with a draft length that adapts to what they cost and bring",
         ),
+        MethodInfo(
+            "cartridge",
+            "target",
+            "accel.methods.cartridge.cartridge:Cartridge",
+            None,
+            "a small trained key-value cache in front of the prompt that stands in for a long document",
+        ),
     )
 }
 

@@ -6,8 +6,9 @@ row depends on its own length, and the cache knows it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -47,6 +48,11 @@ def supports_rows(config: PreTrainedConfig) -> bool:
     )
 
 
+# (view of the layer, query [R, H, n, D], scale), for as long as somebody is ``watching``
+Watcher = Callable[[LayerView, Tensor, float], None]
+_watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+
 def row_attention(
     module: nn.Module,
     query: Tensor,
@@ -60,6 +66,9 @@ def row_attention(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query ``[R, H, n, D]`` → ``[R, n, H, D]``."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    watcher = _watcher.get()
+    if watcher is not None:
+        watcher(key, query, scale)
     out = prefix_attention(
         query,
         key.keys,
@@ -84,3 +93,13 @@ def using_rows(config: PreTrainedConfig) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation_internal = before
+
+
+@contextmanager
+def watching(watcher: Watcher) -> Iterator[None]:
+    """Show every layer's queries to ``watcher`` for the length of the context, in this thread alone."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)

@@ -26,18 +26,20 @@ class Segment:
     """An immutable piece of context: per layer keys and values ``[Hkv, P, D]`` (keys already rotated).
 
     ``num_positions`` is how far it moves the positions of what follows (P, unless an artifact says otherwise).
+    ``bias``: per layer ``[Hkv, P]``, added to the scores of its slots, where an artifact has one.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     num_positions: int
+    bias: tuple[Tensor, ...] | None = None
 
     @property
     def num_tokens(self) -> int:
         return self.keys[0].shape[1]
 
     def nbytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
+        return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values, *(self.bias or ())))
 
 
 @dataclass
@@ -120,7 +122,13 @@ class LayerView:
                 readers.setdefault((id(segment), position), (segment, []))[1].append(index)
                 position += segment.num_positions
         return [
-            SharedKV(segment.keys[self.layer], segment.values[self.layer], tuple(rows), position)
+            SharedKV(
+                segment.keys[self.layer],
+                segment.values[self.layer],
+                tuple(rows),
+                position,
+                None if segment.bias is None else segment.bias[self.layer],
+            )
             for (_, position), (segment, rows) in readers.items()
         ]
 

@@ -60,6 +60,12 @@ class SoftmaxTarget:
 
     def open(self, segments: Iterable[Segment] = ()) -> int:
         """A new, empty row on a chain of shared segments; returns the row's name."""
+        segments = tuple(segments)
+        if not self.reads_rows and any(segment.bias is not None for segment in segments):
+            raise ModelError(
+                f"{type(self.model).__name__} runs its own attention, which knows no bias of slots: a cartridge with "
+                "one needs a family that accel/models/attention.py lists"
+            )
         return self.cache.open(segments)
 
     def close(self, rows: Iterable[int]) -> None:

@@ -34,10 +34,11 @@ def prefix_attention(
     """Softmax attention over every segment of a row and its tail.
 
     query [R, H, n, D], keys [R, Hkv, L, D], values [R, Hkv, L, Dv] → [R, H, n, Dv]; segments [Hkv, P, D], [Hkv, P, Dv]
+    and, where they have one, a bias [Hkv, P]
 
     H is a multiple of Hkv. Tails hold the n new positions and are right-padded, with anything finite (the Triton path
     never reads the padding). ``plan`` is the step's, made for the same R, n and L. ``softcap`` c turns a score x into
-    c · tanh(x / c).
+    c · tanh(x / c); a segment's bias is added to what that gives.
     """
     q, k, v = query.shape, keys.shape, values.shape
     if len(q) != 4 or len(k) != 4 or k[:3] != v[:3] or q[0] != k[0] or q[3] != k[3] or q[1] % k[1]:
@@ -52,6 +53,12 @@ def prefix_attention(
         )
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap={softcap}: must be > 0, or None for none")
+    for s in segments:
+        if s.bias is not None and (s.bias.shape != (k[1], s.keys.shape[1]) or s.bias.dtype != torch.float32):
+            raise ValueError(
+                f"bias {list(s.bias.shape)} in {s.bias.dtype}: must be [Hkv, P] = {[k[1], s.keys.shape[1]]} in "
+                "torch.float32, a number for each slot of the segment, or None for none"
+            )
     if (
         runs_triton(query)
         and query.dtype in TRITON_DTYPES
@@ -67,5 +74,6 @@ def prefix_attention(
 def _needs_gradient(query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[SharedKV]) -> bool:
     """The kernels have no backward pass; the reference differentiates."""
     return torch.is_grad_enabled() and any(
-        t.requires_grad for t in (query, keys, values, *(t for s in segments for t in (s.keys, s.values)))
+        t is not None and t.requires_grad
+        for t in (query, keys, values, *(t for s in segments for t in (s.keys, s.values, s.bias)))
     )

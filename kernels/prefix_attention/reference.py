@@ -22,12 +22,15 @@ class SharedKV:
     """One immutable segment in one layer and the rows (indices into the batch) that read it.
 
     ``keys``, ``values``: ``[Hkv, P, D]``, keys already rotated. ``first_position``: position of its first key.
+    ``bias``: fp32 ``[Hkv, P]``, added to every query's score of a slot, after scale and soft cap: a slot with bias b
+    weighs as much as exp(b) slots like it, one with -inf nothing. Its other values are finite.
     """
 
     keys: Tensor
     values: Tensor
     rows: tuple[int, ...]
     first_position: int
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +147,7 @@ def _merged(
         hidden = _segment_mask(plan, segment, groups, query.device)
         # every row that reads the segment joins one query matrix, so its keys are read once for all of them
         flat = chosen.transpose(0, 1).reshape(1, kv_heads, -1, dim)
-        seg_out, seg_lse = _attend(flat, segment.keys[None], segment.values[None], hidden, scale, softcap)
+        seg_out, seg_lse = _attend(flat, segment.keys[None], segment.values[None], hidden, scale, softcap, segment.bias)
         seg_out = seg_out.view(kv_heads, len(segment.rows), groups * n, -1).transpose(0, 1)
         seg_lse = seg_lse.view(kv_heads, len(segment.rows), groups * n, 1).transpose(0, 1)
         total = torch.logaddexp(lse[index], seg_lse)
@@ -154,18 +157,31 @@ def _merged(
 
 
 def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[.., Q, D] × [.., L, D] → out [.., Q, Dv] and log-sum-exp [.., Q, 1], in fp32.
+    """[R, Hkv, Q, D] × [R, Hkv, L, D], bias [Hkv, L] → out [R, Hkv, Q, Dv] and log-sum-exp [R, Hkv, Q, 1], in fp32.
 
     A query that sees nothing gets 0 and -inf.
     """
     scores = query @ keys.float().transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias[:, None]
     if mask is not None:
         scores = scores + mask
-    lse = scores.logsumexp(-1, keepdim=True)
+    if scores.requires_grad and (bias is not None or mask is not None):
+        # logsumexp of nothing but -inf is right, its gradient is NaN
+        unseen = (scores == -math.inf).all(-1, keepdim=True)
+        lse = scores.masked_fill(unseen, 0.0).logsumexp(-1, keepdim=True).masked_fill(unseen, -math.inf)
+    else:
+        lse = scores.logsumexp(-1, keepdim=True)
     weights = (scores - lse.masked_fill(lse == -math.inf, 0.0)).exp()
     return weights @ values.float(), lse
 

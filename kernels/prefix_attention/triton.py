@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 import triton
@@ -27,6 +28,7 @@ RESIDENT = 264
 START_TILES = 4
 MERGE_TILES = 6
 MAX_SPLITS = 128
+LOG2E = tl.constexpr(1.4426950408889634)
 # a distance that no two positions have
 FAR = 1 << 30
 # value columns a program merges
@@ -35,8 +37,8 @@ MERGED_DIM = 64
 
 @triton.jit
 def _tile(
-    q, m, total, acc, p_k, p_v, start, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
-    SOFTCAP: tl.constexpr, MASKED: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr,
+    q, m, total, acc, p_k, p_v, p_bias, start, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr,
 ):  # fmt: skip
     """Take keys start … start + b_N into the running maximum, sum and result of every query (in powers of 2)."""
     o_n, o_d = tl.arange(0, b_N), tl.arange(0, b_D)
@@ -53,6 +55,8 @@ def _tile(
     if SOFTCAP:
         # cap · tanh(x), where the scale has made s = 2 x · log2(e)
         s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
+    if HAS_BIAS:
+        s += (tl.load(p_bias + (start + o_n), mask=start + o_n < end, other=0.0) * LOG2E)[None, :]
     if MASKED:
         key = (start + o_n)[None, :]
         visible = (key >= first[:, None]) & (key <= last[:, None]) & (key < end)
@@ -71,10 +75,11 @@ def _tile(
     do_not_specialize=["n", "groups", "entries", "length", "window", "slack", "split_size", "n_splits", "first_part"]
 )
 def _attend(
-    p_q, p_k, p_v, p_out, p_part, p_lse, p_table,
+    p_q, p_k, p_v, p_bias, p_out, p_part, p_lse, p_table,
     stride_qr, stride_qh, stride_qn, stride_kr, stride_kh, stride_kn, stride_vr, stride_vh, stride_vn,
     n, groups, entries, length, window, slack, split_size, n_splits, first_part, D, Dv, scale, cap,
-    SOFTCAP: tl.constexpr, TWO_LOOPS: tl.constexpr, b_M: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr,
+    SOFTCAP: tl.constexpr, HAS_BIAS: tl.constexpr, TWO_LOOPS: tl.constexpr,
+    b_M: tl.constexpr, b_N: tl.constexpr, b_D: tl.constexpr,
 ):  # fmt: skip
     """Query tile i_m of key head i_h over part i_s of key set i_r: the result itself or one part of it and its lse."""
     # the last tile sees the most keys: it starts first, the short ones fill up the end
@@ -99,6 +104,9 @@ def _attend(
     q = tl.load(p_row[:, None] + o_d[None, :], mask=m_m[:, None] & (o_d < D)[None, :], other=0.0)
     p_k += i_r * stride_kr + i_h.to(tl.int64) * stride_kh
     p_v += i_r * stride_vr + i_h.to(tl.int64) * stride_vh
+    if HAS_BIAS:
+        # only a segment has one, and it is a launch's only key set
+        p_bias += i_h.to(tl.int64) * length
     m = tl.full((b_M,), float("-inf"), tl.float32)
     total = tl.zeros((b_M,), tl.float32)
     acc = tl.zeros((b_M, b_D), tl.float32)
@@ -111,16 +119,16 @@ def _attend(
         full_end = tl.minimum(tl.maximum(full_end, full_start), end)
         for i_n in range(full_start, full_end, b_N):
             m, total, acc = _tile(
-                q, m, total, acc, p_k, p_v, i_n, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
-                SOFTCAP, False, b_N, b_D,
+                q, m, total, acc, p_k, p_v, p_bias, i_n, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
+                SOFTCAP, HAS_BIAS, False, b_N, b_D,
             )  # fmt: skip
     # the tiles on both sides of them, in one loop
     before = tl.cdiv(full_start - start, b_N)
     for i_n in range(before + tl.cdiv(end - full_end, b_N)):
         place = tl.where(i_n < before, start + i_n * b_N, full_end + (i_n - before) * b_N)
         m, total, acc = _tile(
-            q, m, total, acc, p_k, p_v, place, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
-            SOFTCAP, True, b_N, b_D,
+            q, m, total, acc, p_k, p_v, p_bias, place, end, first, last, stride_kn, stride_vn, D, Dv, scale, cap,
+            SOFTCAP, HAS_BIAS, True, b_N, b_D,
         )  # fmt: skip
     # worked out again: kept through the loops, they cost registers that the tiles need
     o_m = i_m * b_M + tl.arange(0, b_M)
@@ -348,23 +356,24 @@ def prefix_attention(
     if softcap is not None:
         factor, cap = 2 * factor / softcap, softcap * math.log2(math.e)
 
-    def attend(launch: Launch, table: Tensor, k: Tensor, v: Tensor, slack: int) -> None:
-        """k [key sets, Hkv, length, D], v [key sets, Hkv, length, Dv]."""
+    def attend(launch: Launch, table: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slack: int) -> None:
+        """k [key sets, Hkv, length, D], v [key sets, Hkv, length, Dv], bias [Hkv, length]."""
         k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
+        bias = None if bias is None else bias.contiguous()
         t = launch.tiles
         _attend[(launch.n_tiles, Hkv * launch.n_splits, launch.key_sets)](
-            query, k, v, out, part, lse, table, *query.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            query, k, v, bias, out, part, lse, table, *query.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             n, H // Hkv, launch.entries, k.shape[2], window, slack, launch.split_size, launch.n_splits,
             launch.first_part, D, Dv, factor, cap,
-            SOFTCAP=softcap is not None, TWO_LOOPS=t.two_loops, b_M=t.b_M, b_N=t.b_N, b_D=t.b_D,
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            SOFTCAP=softcap is not None, HAS_BIAS=bias is not None, TWO_LOOPS=t.two_loops,
+            b_M=t.b_M, b_N=t.b_N, b_D=t.b_D, num_warps=t.num_warps, num_stages=t.num_stages,
         )  # fmt: skip
 
     with torch.cuda.device_of(query):
-        attend(schedule.launches[0], schedule.tables[0], keys, values, 0)
+        attend(schedule.launches[0], schedule.tables[0], keys, values, None, 0)
         for launch, table, s in zip(schedule.launches[1:], schedule.tables[1:], segments, strict=True):
             # a segment ends before its readers' queries: nothing in it is hidden but by the window
-            attend(launch, table, s.keys[None], s.values[None], FAR)
+            attend(launch, table, s.keys[None], s.values[None], s.bias, FAR)
         if schedule.n_queries:
             b_Q, b_P = merged(schedule.n_parts)
             queries = R * n * H
@@ -400,13 +409,16 @@ def builds() -> Iterator[Build]:
         types = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{name}") | dict.fromkeys(integers, "i32")
         types |= {"p_part": "*fp32", "p_lse": "*fp32", "p_table": "*i32", "scale": "fp32", "cap": "fp32"}
         for t in dict.fromkeys(tiles(dtype, D, queries) for D in (64, 128, 256) for queries in (16, 64, 128)):
-            for softcap in (False, True):
+            for bias, softcap in product((False, True), repeat=2):
                 constants = {
-                    "SOFTCAP": softcap, "TWO_LOOPS": t.two_loops, "b_M": t.b_M, "b_N": t.b_N, "b_D": t.b_D,
+                    "SOFTCAP": softcap, "HAS_BIAS": bias, "TWO_LOOPS": t.two_loops,
+                    "b_M": t.b_M, "b_N": t.b_N, "b_D": t.b_D,
                 }  # fmt: skip
                 yield Build(
-                    "prefix_attention", _attend, f"{name}, {t.b_M} queries, D {t.b_D}{', softcap' * softcap}", types,
-                    constants, divisible=divisible, num_warps=t.num_warps, num_stages=t.num_stages,
+                    "prefix_attention", _attend,
+                    f"{name}, {t.b_M} queries, D {t.b_D}{', softcap' * softcap}{', bias' * bias}",
+                    types | ({"p_bias": "*fp32"} if bias else {}), constants | ({} if bias else {"p_bias": None}),
+                    divisible=divisible, num_warps=t.num_warps, num_stages=t.num_stages,
                 )  # fmt: skip
         types = {
             "p_part": "*fp32", "p_lse": "*fp32", "p_count": "*i32", "p_place": "*i32", "p_out": f"*{name}",

@@ -14,8 +14,8 @@ import accel
 from accel.bench import lenience, lenience_report, plot, saving
 from accel.bench.runner import Settings
 from accel.bench.workloads import Prompt
+from accel.distill.forward import Scorer
 from accel.errors import OptionError
-from accel.methods.speculative.distill.forward import Scorer
 
 
 @pytest.mark.parametrize(

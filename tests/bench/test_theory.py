@@ -12,9 +12,9 @@ import torch
 
 import accel
 from accel.bench import theory
+from accel.distill.forward import Scorer
 from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
 from accel.methods.speculative.distill.data import Translation
-from accel.methods.speculative.distill.forward import Scorer
 
 BATCHES, ROWS, TOKENS = 12, 12, 32
 GAMMA = 3

@@ -17,8 +17,8 @@ from accel.artifacts import open_artifact, tokenizer_digest
 from accel.cli.common import parse_bytes
 from accel.cli.distill import parse_layers
 from accel.cli.main import main
+from accel.distill.cache import LessonCache
 from accel.errors import OptionError
-from accel.methods.speculative.distill.cache import LessonCache
 
 SMALL = "--shape 1x32 --vocabulary 64 --max-new-tokens 8 --longest-prompt 24 --k 4 --steps 4 --batch-tokens 64".split()
 

@@ -7,6 +7,8 @@ merge leave it near 3e-7, so 1e-5 has room for another BLAS and none for a wrong
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +21,10 @@ DIM, VALUE_DIM = 8, 6
 
 
 class Case:
-    """Random tails and segments, the inputs of the kernel, and the answer by brute force."""
+    """Random tails and segments, the inputs of the kernel, and the answer by brute force.
+
+    ``biased``: which of the segments have a bias.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class Case:
         heads: int = 4,
         kv_heads: int = 2,
         segments: tuple[tuple[int, tuple[int, ...]], ...] = (),
+        biased: tuple[int, ...] = (),
         window: int | None = None,
         softcap: float | None = None,
         seed: int = 0,
@@ -45,10 +51,11 @@ class Case:
         self.segments: list[SharedKV] = []
         # a row's segments stand one behind the other, then its tail
         self.offsets = [0] * rows
-        for size, members in segments:
+        for index, (size, members) in enumerate(segments):
             (first,) = {self.offsets[r] for r in members}
             keys, values = normal(kv_heads, size, DIM), normal(kv_heads, size, VALUE_DIM)
-            self.segments.append(SharedKV(keys, values, members, first))
+            bias = 2 * normal(kv_heads, size) if index in biased else None
+            self.segments.append(SharedKV(keys, values, members, first, bias))
             for row in members:
                 self.offsets[row] += size
 
@@ -70,6 +77,8 @@ class Case:
             mine = [s for s in self.segments if r in s.rows]
             keys = torch.cat([*(s.keys for s in mine), self.keys[r, :, :end]], dim=1).double()
             values = torch.cat([*(s.values for s in mine), self.values[r, :, :end]], dim=1).double()
+            given = [torch.zeros(s.keys.shape[:2]) if s.bias is None else s.bias for s in mine]
+            bias = torch.cat([*given, torch.zeros(keys.shape[0], end)], dim=1).double()
             for h in range(heads):
                 kv = h // (heads // keys.shape[0])
                 for i in range(n):
@@ -78,6 +87,7 @@ class Case:
                     scores = keys[kv, first : last + 1] @ self.query[r, h, i].double() * DIM**-0.5
                     if self.softcap is not None:
                         scores = self.softcap * torch.tanh(scores / self.softcap)
+                    scores = scores + bias[kv, first : last + 1]
                     out[r, h, i] = scores.softmax(-1) @ values[kv, first : last + 1]
         return out
 
@@ -135,6 +145,73 @@ def test_softcap(segments: tuple, starts: list[int], window: int | None) -> None
     check(Case(starts, 3, segments=segments, window=window, softcap=1.5))
 
 
+BIASED = {"all": ("fork", (0, 1, 2)), "one of two": ("fork", (1,)), "not every row": ("by some", (0,))}
+
+
+@pytest.mark.parametrize(("segments", "biased"), BIASED.values(), ids=BIASED)
+@pytest.mark.parametrize("heads", [(4, 2), (4, 1)], ids=["gqa", "mqa"])
+@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_bias(
+    segments: str, biased: tuple[int, ...], heads: tuple[int, int], window: int | None, softcap: float | None
+) -> None:
+    shared, (H, Hkv) = SEGMENTS[segments], heads
+    check(Case([0, 5, 19], 3, heads=H, kv_heads=Hkv, segments=shared, biased=biased, window=window, softcap=softcap))
+
+
+def biases(case: Case) -> list[Tensor]:
+    return [s.bias for s in case.segments if s.bias is not None]
+
+
+def hide(case: Case) -> None:
+    """Some slots for one head; a whole segment for one head; a whole segment for all."""
+    first, second, third = biases(case)
+    first[1, ::2] = -math.inf
+    second[0] = -math.inf
+    third[:] = -math.inf
+
+
+@pytest.mark.parametrize("window", [None, 11])
+def test_slots_with_a_bias_of_minus_infinity_are_hidden(window: int | None) -> None:
+    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"], biased=(0, 1, 2), window=window)
+    hide(case)
+    check(case)
+    before = case.run()
+    for segment in case.segments:
+        assert segment.bias is not None
+        hidden = segment.bias == -math.inf
+        segment.keys[hidden], segment.values[hidden] = 1e4, -1e4
+    assert torch.equal(case.run(), before)
+
+
+def test_a_segment_without_a_visible_slot_adds_nothing() -> None:
+    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"], biased=(0, 1, 2))
+    for bias in biases(case):
+        bias[:] = -math.inf
+    got = case.run()
+    case.segments.clear()
+    assert error(got, case.run()) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("biased", "window", "softcap"), [((0, 1, 2), None, None), ((0, 1, 2), 11, 1.5), ((), 6, None)]
+)
+def test_the_gradient_reaches_keys_values_and_bias(
+    biased: tuple[int, ...], window: int | None, softcap: float | None
+) -> None:
+    # windows leave segments behind
+    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"], biased=biased, window=window, softcap=softcap)
+    if biased:
+        hide(case)
+    asked = [case.query, *(t for s in case.segments[:2] for t in (s.keys, s.values)), *biases(case)[:2]]
+    for tensor in asked:
+        tensor.requires_grad_()
+    got = torch.autograd.grad(case.run().square().sum(), asked)
+    expected = torch.autograd.grad(case.expected().square().sum(), asked)
+    for g, e in zip(got, expected, strict=True):
+        assert error(g, e) <= TOLERANCE
+
+
 @pytest.mark.parametrize("segments", [(), SEGMENTS["fork"]], ids=["tails alone", "segments"])
 def test_what_stands_behind_a_rows_length_does_not_matter(segments: tuple) -> None:
     case = Case([0, 5, 19], 2, segments=segments)
@@ -164,9 +241,9 @@ def test_saturated_scores(segments: tuple) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_comes_back_as_it_went_in(dtype: torch.dtype) -> None:
-    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"])
+    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"], biased=(1,))
     expected = case.expected()
-    halves = [SharedKV(s.keys.to(dtype), s.values.to(dtype), s.rows, s.first_position) for s in case.segments]
+    halves = [replace(s, keys=s.keys.to(dtype), values=s.values.to(dtype)) for s in case.segments]
     made = plan(case.starts, 3, case.offsets, window=None, device=torch.device("cpu"), dtype=dtype)
     tensors = (t.to(dtype) for t in (case.query, case.keys, case.values))
     got = prefix_attention(*tensors, made, halves, scale=DIM**-0.5)
@@ -204,12 +281,22 @@ def test_what_does_not_fit_is_refused() -> None:
         prefix_attention(query[:, :, :1], keys, values, made, scale=1.0)
     with pytest.raises(ValueError, match="softcap=0"):
         prefix_attention(query, keys, values, made, scale=1.0, softcap=0.0)
+    one, fits = SharedKV(torch.zeros(2, 9, DIM), torch.zeros(2, 9, VALUE_DIM), (0,), 0), torch.zeros(2, 9)
+    for bias in (fits[:, 1:], fits[:1], fits[0], fits.T, fits.bfloat16(), fits.double()):
+        told = re.escape(f"bias {list(bias.shape)} in {bias.dtype}: must be [Hkv, P] = [2, 9] in torch.float32")
+        with pytest.raises(ValueError, match=told):
+            prefix_attention(query, keys, values, made, [one, replace(one, bias=bias)], scale=1.0)
 
 
 def test_the_comparison_can_fail() -> None:
     expected = Case([0, 5, 19], 3, segments=SEGMENTS["fork"]).expected()
     assert error(torch.zeros_like(expected), expected) > 0.9
     assert error(torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)), expected) > 0.9
+    # no bias
+    case = Case([0, 5, 19], 3, segments=SEGMENTS["fork"], biased=(0,))
+    expected = case.expected()
+    biases(case)[0].zero_()
+    assert error(case.expected(), expected) > 1e-2
     # a window off by one
     windows = [Case([0, 5, 19], 3, segments=SEGMENTS["fork"], window=w).expected() for w in (4, 5)]
     assert error(*windows) > 1e-2

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
+from itertools import product
 
 import pytest
 import torch
@@ -47,8 +49,12 @@ def tiled(module, b_M, b_N, two_loops=True):
         module.tiles = chosen
 
 
-def step(starts, n, H, Hkv, D, Dv=None, segments=(), window=None, dtype=torch.float32):
-    """Query, keys, values, plan, segments of a step; ``segments``: (length, rows that read it)."""
+def step(starts, n, H, Hkv, D, Dv=None, segments=(), biased=(), window=None, dtype=torch.float32):
+    """Query, keys, values, plan, segments of a step; ``segments``: (length, rows that read it).
+
+    ``biased``: which segments have a bias. It hides half a segment from the first head and every fifth slot from the
+    last one: whole tiles, slots between others, and all of a segment of one slot.
+    """
     R, L, Dv = len(starts), max(starts) + n, Dv or D
     query, keys = random(R, H, n, D, dtype=dtype), random(R, Hkv, L, D, seed=1, dtype=dtype)
     values = random(R, Hkv, L, Dv, seed=2, dtype=dtype)
@@ -56,7 +62,11 @@ def step(starts, n, H, Hkv, D, Dv=None, segments=(), window=None, dtype=torch.fl
     for seed, (P, rows) in enumerate(segments, 10):
         first = max(offsets[r] for r in rows)
         k, v = random(Hkv, P, D, seed=seed, dtype=dtype), random(Hkv, P, Dv, seed=seed + 50, dtype=dtype)
-        shared.append(SharedKV(k, v, rows, first))
+        bias = None
+        if seed - 10 in biased:
+            bias = random(P, Hkv, seed=seed + 100, scale=2.0).T
+            bias[0, : P // 2], bias[-1, ::5] = -torch.inf, -torch.inf
+        shared.append(SharedKV(k, v, rows, first, bias))
         for r in rows:
             offsets[r] = first + P
     made = plan(starts, n, offsets, window=window, device=torch.device(DEVICE), dtype=dtype)
@@ -81,7 +91,7 @@ def check(module, *shape, softcap=None, keys_per_split=None, tolerance=1e-5, **o
         scale=scale, softcap=softcap, keys_per_split=keys_per_split,
     )  # fmt: skip
     full = (t.float() for t in (query, keys, values))
-    precise = [SharedKV(s.keys.float(), s.values.float(), s.rows, s.first_position) for s in segments]
+    precise = [replace(s, keys=s.keys.float(), values=s.values.float()) for s in segments]
     made = plan(
         made.starts, made.n, [p - s for p, s in zip(made.first_query_positions, made.starts, strict=True)],
         window=made.window, device=made.device, dtype=torch.float32,
@@ -169,6 +179,26 @@ def test_segments_in_parts():
         check(retiled, [0, 5, 40], 3, 4, 2, 80, segments=SEGMENTS["overlapping"], keys_per_split=64, window=90)
 
 
+@pytest.mark.parametrize("two_loops", [False, True])
+@pytest.mark.parametrize(
+    ("n", "window", "softcap", "keys_per_split"), [(1, None, None, None), (5, 50, 2.0, None), (3, None, None, 64)]
+)
+def test_bias(n, window, softcap, keys_per_split, two_loops):
+    with tiled(retiled, 16, 32, two_loops):
+        # the first segment has none
+        check(retiled, [0, 5, 90, 33], n, 4, 2, 64, segments=SEGMENTS["overlapping"], biased=(1, 2), window=window,
+              softcap=softcap, keys_per_split=keys_per_split)  # fmt: skip
+
+
+def test_a_segment_without_a_visible_slot_adds_nothing():
+    query, keys, values, made, shared = step([0, 40], 3, 4, 2, 64, segments=((70, (0, 1)),), biased=(0,))
+    shared[0].bias[:] = -torch.inf
+    expected = reference.prefix_attention(query, keys, values, made, scale=0.125)
+    with tiled(retiled, 16, 16):
+        got = retiled.prefix_attention(query, keys, values, made, shared, scale=0.125, keys_per_split=32)
+    assert_close(got, expected)
+
+
 def test_prefill_over_a_segment():
     with tiled(retiled, 64, 64):
         check(retiled, [0, 0], 65, 2, 1, 64, segments=((63, (0, 1)), (65, (1,))))
@@ -176,6 +206,8 @@ def test_prefill_over_a_segment():
 
 def test_the_tiles_that_fp32_runs_with():
     check(kernels, [0, 50], 9, 4, 2, 64, segments=((33, (1,)),))
+    check(kernels, [0, 50], 9, 4, 2, 64, segments=((33, (1,)), (70, (0, 1))), biased=(1,))
+    check(kernels, [0, 50], 3, 4, 2, 128, segments=((33, (1,)),), biased=(0,), softcap=2.0)
     check(kernels, [0, 50], 3, 4, 2, 128, window=20)
 
 
@@ -212,9 +244,9 @@ def test_saturated_scores():
 
 def test_keys_that_no_query_reaches_are_not_read_and_weigh_nothing():
     # row 0 reaches back into the segment, for the others the window has left it behind
-    query, keys, values, made, shared = step([0, 50], 1, 2, 1, 64, segments=((40, (0, 1)),), window=20)
+    query, keys, values, made, shared = step([0, 50], 1, 2, 1, 64, segments=((40, (0, 1)),), biased=(0,), window=20)
     expected = reference.prefix_attention(query, keys, values, made, shared, scale=0.125)
-    shared[0].keys[:, :16], shared[0].values[:, :16] = torch.nan, torch.nan
+    shared[0].keys[:, :16], shared[0].values[:, :16], shared[0].bias[:, :16] = torch.nan, torch.nan, torch.nan
     with tiled(retiled, 16, 16):
         assert_close(retiled.prefix_attention(query, keys, values, made, shared, scale=0.125), expected)
 
@@ -228,16 +260,18 @@ def test_the_step_is_scheduled_once_and_no_mask_is_made():
 
 
 def test_the_public_function_takes_the_kernels_where_they_run_and_can(monkeypatch):
-    query, keys, values, made, shared = step([0, 40], 2, 2, 1, 64, segments=((9, (0, 1)),))
+    query, keys, values, made, shared = step([0, 40], 2, 2, 1, 64, segments=((9, (0, 1)),), biased=(0,))
     monkeypatch.setattr(family, "runs_triton", lambda x: True)
     expected = reference.prefix_attention(query, keys, values, made, shared, scale=0.125)
     assert_close(family.prefix_attention(query, keys, values, made, shared, scale=0.125), expected)
     assert made.derived
     made.derived.clear()
     # the kernels have no backward pass
-    query.requires_grad_()
-    family.prefix_attention(query, keys, values, made, shared, scale=0.125).sum().backward()
-    assert query.grad is not None and query.grad.isfinite().all() and not made.derived
+    for asked in (query, shared[0].bias):
+        asked.requires_grad_()
+        family.prefix_attention(query, keys, values, made, shared, scale=0.125).sum().backward()
+        assert asked.grad is not None and asked.grad.isfinite().all() and not made.derived
+        asked.requires_grad_(False)
 
 
 def test_parts_that_see_nothing_merge_to_zero():
@@ -260,14 +294,15 @@ def test_splits_fill_the_machine_and_no_more():
 
 
 def test_nothing_but_listed_configurations_is_launched():
-    names = ("b_M", "b_N", "b_D", "TWO_LOOPS")
+    names = ("b_M", "b_N", "b_D", "TWO_LOOPS", "SOFTCAP", "HAS_BIAS")
     builds = [b for b in kernels.builds() if "b_M" in b.constants]
     listed = {(*(b.constants[name] for name in names), b.num_warps, b.num_stages) for b in builds}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D in (1, 8, 64, 80, 96, 128, 192, 256):
             for queries in (1, 16, 17, 64, 65, 10_000):
                 t = kernels.tiles(dtype, D, queries)
-                assert (t.b_M, t.b_N, t.b_D, t.two_loops, t.num_warps, t.num_stages) in listed
+                for flags in product((False, True), repeat=2):
+                    assert (t.b_M, t.b_N, t.b_D, t.two_loops, *flags, t.num_warps, t.num_stages) in listed
 
 
 @pytest.mark.gpu
@@ -279,6 +314,10 @@ def test_half_precision(dtype, tolerance, D, n):
     for window, softcap, segments in ((None, None, ()), (100, 30.0, ()), (None, None, ((700, (0, 2)), (63, (1,))))):
         check(kernels, [0, 1000, 65], n, 16, 4, D, dtype=dtype, tolerance=tolerance,
               window=window, softcap=softcap, segments=segments)  # fmt: skip
+    segments = ((700, (0, 2)), (63, (1,)), (130, (0, 1)))
+    for softcap in (None, 30.0):
+        check(kernels, [0, 1000, 65], n, 16, 4, D, dtype=dtype, tolerance=tolerance, segments=segments, biased=(0, 1),
+              softcap=softcap)  # fmt: skip
     check(kernels, [0, 0], n, 16, 4, D, dtype=dtype, tolerance=tolerance)  # what torch's own kernel may take
 
 
@@ -290,6 +329,11 @@ def check_prefill(module):
 def check_parts(module):
     with tiled(module, 16, 32):
         check(module, [70, 3], 3, 4, 2, 64, segments=((33, (0, 1)), (5, (1,))), keys_per_split=32)
+
+
+def check_bias(module):
+    with tiled(module, 16, 32):
+        check(module, [70, 3], 3, 4, 2, 64, segments=((70, (0, 1)), (33, (1,))), biased=(0,))
 
 
 MUTATIONS = [
@@ -306,6 +350,9 @@ MUTATIONS = [
     ("_attend", "lse without its sum", "m + tl.log2(tl.where(seen, total, 1.0))", "m", check_parts),
     ("_attend", "cap · tanh off", "cap * (1.0 - 2.0 /", "cap * (1.0 - 1.0 /",
      lambda m: check(m, [20], 1, 1, 1, 64, softcap=2.0)),
+    ("_attend", "another head's bias", "p_bias += i_h.to(tl.int64) * length", "p_bias += 0 * length", check_bias),
+    ("_attend", "the first tile's bias", "p_bias + (start + o_n)", "p_bias + o_n", check_bias),
+    ("_attend", "bias in powers of e", "other=0.0) * LOG2E)", "other=0.0))", check_bias),
     ("_merge", "last part left out", "(i_p + o_p)[None, :] < count", "(i_p + o_p)[None, :] < -1 + count", check_parts),
     ("_merge", "wrong normaliser", "tl.where(total > 0.0, total, 1.0)", "tl.where(total > 0.0, 1.0, 1.0)", check_parts),
     ("_merge", "wrong row stride", "row[:, None] * n_parts", "row[:, None] * (n_parts - 1)", check_parts),

@@ -49,19 +49,20 @@ class RowDecoder:
     def admit(self, requests: Sequence[Request]) -> None:
         """Prefill the prompts and draw each row's first token, which the next step() hands out.
 
-        Requests with the same prompt share one prefill and one copy of its state.
+        Requests with the same prompt behind the same segments share one prefill and one copy of its state.
         """
         start = time.perf_counter()
-        groups: dict[tuple[int, ...], list[Request]] = {}
+        groups: dict[tuple[object, ...], list[Request]] = {}
         for request in requests:
-            groups.setdefault(tuple(request.prompt.tolist()), []).append(request)
+            context = tuple(id(segment) for segment in request.segments)
+            groups.setdefault((context, *request.prompt.tolist()), []).append(request)
         # padding a batch of prompts wastes arithmetic, which a CPU has none to spare of
         batches = [[g] for g in groups.values()] if self.target.device.type == "cpu" else [list(groups.values())]
         admitted: list[LiveRow] = []
         first_logits: list[Tensor] = []
         for batch in batches:
             prompts = [group[0].prompt for group in batch]
-            rows = [self.target.open() for _ in batch]
+            rows = [self.target.open(group[0].segments) for group in batch]
             for group, row, logits in zip(batch, rows, self._prefill(prompts, rows), strict=True):
                 copies = self.target.fork(row, len(group) - 1) if len(group) > 1 else []
                 for request, name in zip(group, [row, *copies], strict=True):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accel.axes import Target
-from accel.drafters.base import Ask, Draft, Drafter, leaves, target_readers
+from accel.drafters.base import Ask, Draft, Drafter, leaves, open_row, target_readers
 from accel.errors import IncompatibleError
 from accel.kernels.verify import accept, draw, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
@@ -90,10 +90,11 @@ class SpeculativeDecoder(RowDecoder):
 
     def on_admitted(self, rows: Sequence[LiveRow]) -> None:
         for live in rows:
-            self.drafter.open(live.request.id, live.request.prompt.tolist(), live.request.seed)
+            request = live.request
+            open_row(self.drafter, request.draft_segments, request.id, request.prompt.tolist(), request.seed)
             for reader in self.readers:
-                reader.follow(live.request.id, self.target, live.row)
-            self.length.open(live.request.id)
+                reader.follow(request.id, self.target, live.row)
+            self.length.open(request.id)
 
     def on_evicted(self, rows: Sequence[LiveRow]) -> None:
         for live in rows:

@@ -7,11 +7,12 @@ from collections import Counter
 import pytest
 import torch
 
+from accel.distill.batches import Lessons, Packing, collate
+from accel.distill.forward import Scorer
+from accel.distill.teacher import Generation, Lesson, judge_all
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
-from accel.methods.speculative.distill.data import Lessons, Mix, Mixture, OnPolicy, Packing, Translation, collate
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.teacher import Generation, Lesson, judge_all
+from accel.methods.speculative.distill.data import Mix, Mixture, OnPolicy, Translation
 
 V = 67
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accel.distill.batches import collate
+from accel.distill.forward import Scorer
+from accel.distill.teacher import judge_all
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
-from accel.methods.speculative.distill.data import Translation, collate
-from accel.methods.speculative.distill.forward import Scorer
+from accel.methods.speculative.distill.data import Translation
 from accel.methods.speculative.distill.measure import block_efficiency, measure
-from accel.methods.speculative.distill.teacher import judge_all
 
 GAMMAS = (1, 3, 5, 7)
 

@@ -10,11 +10,11 @@ import torch
 
 import accel
 from accel.artifacts import open_artifact, verify
+from accel.distill.cache import INDEX
+from accel.distill.lessons import Library
+from accel.distill.prompts import Prompt
 from accel.errors import ArtifactError, OptionError
-from accel.methods.speculative.distill.cache import INDEX
-from accel.methods.speculative.distill.lessons import Library
 from accel.methods.speculative.distill.plan import HELD_OUT, prepare
-from accel.methods.speculative.distill.prompts import Prompt
 from accel.methods.speculative.distill.recipe import Recipe, distill_draft
 
 SMALL = Recipe(

@@ -7,12 +7,12 @@ import json
 import pytest
 import torch
 
+from accel.distill import forward
+from accel.distill.batches import Lessons, collate
+from accel.distill.forward import Scorer
+from accel.distill.teacher import Lesson
 from accel.errors import ArtifactError, ModelError, OptionError
-from accel.methods.speculative.distill import train as training
-from accel.methods.speculative.distill.data import Lessons, collate
-from accel.methods.speculative.distill.forward import Scorer
 from accel.methods.speculative.distill.measure import measure
-from accel.methods.speculative.distill.teacher import Lesson
 from accel.methods.speculative.distill.train import Training, next_token, train
 
 V = 67
@@ -76,7 +76,7 @@ def test_a_student_learns(tmp_path, source, student, loss, baseline):
 
 def test_prompts_teach_nothing_and_answers_all(tmp_path, source, student, monkeypatch):
     """Gradients come from answer positions: a batch's loss is the mean over its answer tokens."""
-    monkeypatch.setattr(training, "_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(forward, "_multiplies_bf16", lambda: False)
     model = student()
     batch = source.batch(0)
     logits = model(batch.tokens).logits.flatten(0, 1)[batch.at].detach()

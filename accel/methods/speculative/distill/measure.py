@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from accel.distill.batches import Batch
+from accel.distill.forward import Scorer
+from accel.distill.losses import Teacher, acceptance, pair
 from accel.errors import OptionError
-from accel.methods.speculative.distill.data import Batch
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.losses import Teacher, acceptance, pair
 
 GAMMAS = (1, 3, 5, 7)
 

@@ -13,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 
 from accel.artifacts import describe_base
+from accel.distill.checkpoint import KEPT
+from accel.distill.lessons import predicted_bytes
+from accel.distill.prompts import ANSWERS, Encoded, Prompt, encode, split
+from accel.distill.teacher import stop_tokens
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
-from accel.methods.speculative.distill.checkpoint import KEPT
 from accel.methods.speculative.distill.data import writer
-from accel.methods.speculative.distill.lessons import predicted_bytes
-from accel.methods.speculative.distill.prompts import ANSWERS, Encoded, Prompt, encode, split
 from accel.methods.speculative.distill.student import Shape, build, truncate
 from accel.models.softmax_target import SoftmaxTarget
 from accel.request_log import check_tokens
@@ -173,11 +174,3 @@ def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
     )
     disk.shares()
     return Prepared(learned, unseen, folders, ks, stop, encoded.num_too_long, encoded.digest(), parameters, disk)
-
-
-def stop_tokens(target: PreTrainedModel, tokenizer: Any) -> list[int]:
-    """What ends an answer: the tokenizer's end first, then those of the generation config."""
-    named = getattr(getattr(target, "generation_config", None), "eos_token_id", None)
-    several = named if isinstance(named, list | tuple) else [named]
-    found = [token for token in (getattr(tokenizer, "eos_token_id", None), *several) if token is not None]
-    return list(dict.fromkeys(found))

@@ -14,24 +14,18 @@ import torch
 from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, Manifest, describe_base, save
+from accel.distill.batches import Lessons
+from accel.distill.checkpoint import thinned
+from accel.distill.forward import Scorer
+from accel.distill.lessons import Library
+from accel.distill.prompts import Prompt
+from accel.distill.teacher import Generation, Lesson
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import ArtifactError, OptionError, unknown_name
-from accel.methods.speculative.distill.data import (
-    Lessons,
-    Mix,
-    Mixture,
-    OnPolicy,
-    Source,
-    Translation,
-    writer,
-)
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.lessons import Library
+from accel.methods.speculative.distill.data import Mix, Mixture, OnPolicy, Source, Translation, writer
 from accel.methods.speculative.distill.measure import measure
 from accel.methods.speculative.distill.plan import HELD_OUT, Prepared, prepare
-from accel.methods.speculative.distill.prompts import Prompt
 from accel.methods.speculative.distill.student import STARTS, Shape, build, truncate, weights
-from accel.methods.speculative.distill.teacher import Generation, Lesson
 from accel.methods.speculative.distill.train import Training, train
 from accel.methods.speculative.distill.vocabulary import count, coverage, trim
 
@@ -39,8 +33,6 @@ Progress = Callable[[str], None]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_SHAPE = "1x576"
-# points of the loss curve that the artifact keeps
-_CURVE = 100
 
 
 @dataclass(frozen=True)
@@ -173,7 +165,7 @@ def distill_draft(
             "command": command,
             "seed": recipe.seed,
             "data_digest": prepared.digest,
-            "losses": _thinned(losses),
+            "losses": thinned(losses),
             "recipe": asdict(recipe),
             "lessons": {folder: len(each) for folder, each in lessons.items()},
         },
@@ -294,10 +286,3 @@ def _told(progress: Progress, folder: str, steps: int) -> Callable[[Mapping[str,
         )
 
     return told
-
-
-def _thinned(losses: Sequence[float]) -> list[float]:
-    """Means over at most ``_CURVE`` equal stretches."""
-    size = -(-len(losses) // _CURVE)
-    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
-    return [round(sum(part) / len(part), 5) for part in parts]

@@ -5,11 +5,9 @@ Knows ids of the draft's vocabulary alone. Does not know texts, where batches co
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from accel.distill.batches import Batch
+from accel.distill.checkpoint import Checkpoints, Log
+from accel.distill.forward import Scorer, autocast
+from accel.distill.losses import LOSSES, Teacher, acceptance, pair, select, unlisted
+from accel.distill.losses import loss as divergence
+from accel.distill.schedule import warm_cosine
 from accel.errors import ModelError, OptionError, unknown_name
-from accel.methods.speculative.distill.checkpoint import Checkpoints, Log
-from accel.methods.speculative.distill.data import Batch
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.losses import LOSSES, Teacher, acceptance, pair, select, unlisted
-from accel.methods.speculative.distill.losses import loss as divergence
 
 
 @dataclass(frozen=True)
@@ -65,11 +64,7 @@ class Training:
 
     def rate(self, step: int) -> float:
         """The learning rate of a step: up linearly, then down along a cosine."""
-        rising = max(round(self.warmup * self.steps), 1)
-        if step < rising:
-            return self.learning_rate * (step + 1) / rising
-        late = (step - rising) / max(self.steps - rising, 1)
-        return self.learning_rate * (self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * late)))
+        return self.learning_rate * warm_cosine(step, self.steps, self.warmup, self.floor)
 
 
 def train(
@@ -127,7 +122,7 @@ def _step(
     # dropout's randomness belongs to the step, not to how many steps this process took
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(how.seed * 1_000_003 + step)
-        with _autocast(device):
+        with autocast(device):
             logits = scorer(batch.tokens, batch.at)
     pairing = pair(logits, teacher)
     if how.baseline:
@@ -136,7 +131,7 @@ def _step(
         losses = divergence(how.loss, pairing, beta=how.beta)
         kept = torch.ones_like(losses, dtype=torch.bool)
         if judge is not None and how.keep < 1:
-            with torch.no_grad(), _autocast(device):
+            with torch.no_grad(), autocast(device):
                 easier = divergence(how.loss, pair(judge(batch.tokens, batch.at), teacher), beta=how.beta)
             kept = select(losses.detach(), easier, how.keep)
         if batch.by_target:
@@ -171,17 +166,3 @@ def _groups(student: PreTrainedModel, weight_decay: float) -> list[dict[str, Any
         {"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": weight_decay},
         {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def _autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 on a GPU and on a CPU that multiplies it; on another CPU it would cost more than it saves."""
-    if device.type == "cuda" or _multiplies_bf16():
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return nullcontext()
-
-
-@functools.cache
-def _multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for it."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accel.distill.teacher import Generation, answers, judge, most_likely
 from accel.errors import OptionError
-from accel.methods.speculative.distill.teacher import Generation, answers, judge, most_likely
 from accel.models.softmax_target import SoftmaxTarget
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20, 21], [33, 34, 35, 36], [40, 41, 42], [50, 51]]

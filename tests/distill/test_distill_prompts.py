@@ -7,8 +7,8 @@ import json
 import pytest
 
 from accel.artifacts import BaseModel
+from accel.distill.prompts import Prompt, encode, parse, read, split
 from accel.errors import OptionError
-from accel.methods.speculative.distill.prompts import Prompt, encode, parse, read, split
 from accel.request_log import RequestLog, older
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from accel.errors import ArtifactError
 # the last one may be bad (a full disk): the one before it is kept
 KEPT = 2
 LOG = "log.jsonl"
+# points of the loss curve that an artifact keeps
+_CURVE = 100
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -102,6 +104,13 @@ class Log:
         self.rows.append(row)
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def thinned(losses: Sequence[float]) -> list[float]:
+    """Means over at most ``_CURVE`` equal stretches."""
+    size = -(-len(losses) // _CURVE)
+    parts = [losses[i : i + size] for i in range(0, len(losses), size)]
+    return [round(sum(part) / len(part), 5) for part in parts]
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -8,16 +8,19 @@ a CPU little more than one over 8. A prompt's answer depends on the prompt, the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from accel.distill.forward import Scorer
 from accel.errors import OptionError
 from accel.kernels.sampling import Settings, sample
-from accel.methods.speculative.distill.forward import Scorer
+from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
 
 # a prompt's index, the prompt, an answer
@@ -75,14 +78,36 @@ class Generation:
             raise OptionError(f"temperature={self.temperature}: must be 0 (greedy) or a positive number")
 
 
+def stop_tokens(target: PreTrainedModel, tokenizer: Any) -> list[int]:
+    """What ends an answer: the tokenizer's end first, then those of the generation config."""
+    named = getattr(getattr(target, "generation_config", None), "eos_token_id", None)
+    several = named if isinstance(named, list | tuple) else [named]
+    found = [token for token in (getattr(tokenizer, "eos_token_id", None), *several) if token is not None]
+    return list(dict.fromkeys(found))
+
+
+def _nothing(index: int) -> Sequence[Segment]:
+    return ()
+
+
 @torch.no_grad()
-def answers(target: SoftmaxTarget, prompts: Iterable[tuple[int, Sequence[int]]], how: Generation) -> Iterator[Lesson]:
-    """Answer (index, prompt) pairs; lessons come as answers end, so not in the order of their indices."""
+def answers(
+    target: SoftmaxTarget,
+    prompts: Iterable[tuple[int, Sequence[int]]],
+    how: Generation,
+    behind: Callable[[int], Sequence[Segment]] = _nothing,
+) -> Iterator[Lesson]:
+    """Answer (index, prompt) pairs; lessons come as answers end, so not in the order of their indices.
+
+    ``behind(index)``: immutable context in front of a prompt, asked for when its turn comes; lessons do not hold it.
+    """
     waiting = iter(prompts)
     live: list[_Row] = []
     settings = Settings(temperature=how.temperature)
     while True:
-        fresh = [_Row(index, target.open(), prompt) for index, prompt in islice(waiting, how.rows - len(live))]
+        fresh = [
+            _Row(index, target.open(behind(index)), prompt) for index, prompt in islice(waiting, how.rows - len(live))
+        ]
         if fresh:
             _extend(target, fresh, [list(row.prompt) for row in fresh], settings, how)
             live = sorted(live + fresh, key=lambda row: target.cache.rows[row.name].slot)

@@ -17,8 +17,8 @@ import torch
 from safetensors import SafetensorError
 
 from accel.artifacts import file_digest
+from accel.distill.teacher import Lesson
 from accel.errors import ArtifactError, OptionError
-from accel.methods.speculative.distill.teacher import Lesson
 
 FORMAT = 1
 INDEX = "cache.json"

@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
+from accel.distill.cache import LessonCache
+from accel.distill.lessons import SHARD, fill, is_full, predicted_bytes
+from accel.distill.teacher import Lesson
 from accel.errors import ArtifactError, OptionError
-from accel.methods.speculative.distill.cache import LessonCache
-from accel.methods.speculative.distill.lessons import SHARD, fill, is_full, predicted_bytes
-from accel.methods.speculative.distill.teacher import Lesson
 
 ABOUT = {"base": {"name": "tiny", "vocab_size": 67}, "k": 4, "stop_tokens": [2]}
 PLENTY = 10**7

@@ -5,7 +5,10 @@ Knows a causal language model of transformers. Does not know lessons, vocabulari
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,23 +28,26 @@ class Scorer:
         self.model = model
         self.plain_head = _has_plain_head(model)
 
-    def __call__(self, tokens: Tensor, at: Tensor) -> Tensor:
-        """tokens [B, T], padded on the right; at [N], flat places row · T + column → logits fp32 [N, V]."""
+    def __call__(self, tokens: Tensor, at: Tensor, **inputs: Any) -> Tensor:
+        """tokens [B, T], padded on the right; at [N], flat places row · T + column → logits fp32 [N, V].
+
+        ``inputs``: what else the model is to be given (a cache in front of the tokens, positions).
+        """
         if not self.plain_head:
-            return self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)[at].float()
-        return self._head(self._hidden(tokens, at)).float()
+            return self.model(input_ids=tokens, use_cache=False, **inputs).logits.flatten(0, 1)[at].float()
+        return self._head(self._hidden(tokens, at, **inputs)).float()
 
     @torch.no_grad()
-    def pieces(self, tokens: Tensor, at: Tensor, rows: int = 256) -> Iterator[Tensor]:
+    def pieces(self, tokens: Tensor, at: Tensor, rows: int = 256, **inputs: Any) -> Iterator[Tensor]:
         """The same without gradients, at most ``rows`` places at a time: a large vocabulary's logits fill memory."""
         if not self.plain_head:
-            yield from self(tokens, at).split(rows)
+            yield from self(tokens, at, **inputs).split(rows)
             return
-        for part in self._hidden(tokens, at).split(rows):
+        for part in self._hidden(tokens, at, **inputs).split(rows):
             yield self._head(part).float()
 
-    def _hidden(self, tokens: Tensor, at: Tensor) -> Tensor:
-        hidden = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state  # [B, T, D]
+    def _hidden(self, tokens: Tensor, at: Tensor, **inputs: Any) -> Tensor:
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False, **inputs).last_hidden_state  # [B, T, D]
         return hidden.flatten(0, 1)[at]
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -67,3 +73,17 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     finally:
         model.train(training)
     return torch.equal(parts, whole)
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 on a GPU and on a CPU that multiplies it; on another CPU it would cost more than it saves."""
+    if device.type == "cuda" or _multiplies_bf16():
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for it."""
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from accel.errors import OptionError
-from accel.methods.speculative.distill.losses import (
+from accel.distill.losses import (
     LOSSES,
     Pair,
     Teacher,
@@ -19,6 +18,7 @@ from accel.methods.speculative.distill.losses import (
     sharpen,
     unlisted,
 )
+from accel.errors import OptionError
 
 V, N = 11, 6
 # losses over fewer events are never larger (data processing); the hybrid's weight moves, so it promises nothing

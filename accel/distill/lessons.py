@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from accel.methods.speculative.distill.cache import LessonCache, bytes_per_token
-from accel.methods.speculative.distill.forward import Scorer
-from accel.methods.speculative.distill.prompts import Encoded
-from accel.methods.speculative.distill.teacher import Generation, Lesson, answers, judge_all
+from accel.distill.cache import LessonCache, bytes_per_token
+from accel.distill.forward import Scorer
+from accel.distill.prompts import Encoded
+from accel.distill.teacher import Generation, Lesson, answers, judge_all
 from accel.models.softmax_target import SoftmaxTarget
 
 # lessons of one file: what a killed run loses at most
@@ -50,6 +50,22 @@ def fill(cache: LessonCache, lessons: Iterable[Lesson], total: int, progress: Pr
         progress(f"{cache.num_lessons + len(waiting)} of {total} answers · {cache.nbytes / 2**20:.0f} MiB")
     if waiting:
         _append(cache, waiting)
+
+
+def complete(
+    cache: LessonCache,
+    total: int,
+    make: Callable[[list[int]], Iterable[Lesson]],
+    progress: Progress = lambda message: None,
+) -> list[Lesson]:
+    """The lessons 0 … total - 1, after ``make(missing indices)`` made what the cache lacks; fewer where it is full."""
+    done = cache.indices()
+    left = [index for index in range(total) if index not in done]
+    if left and not is_full(cache):
+        fill(cache, make(left), total, progress)
+    if cache.num_lessons < total:
+        progress(f"full after {cache.num_lessons} of {total} answers")
+    return list(cache)
 
 
 def is_full(cache: LessonCache) -> bool:
@@ -122,10 +138,4 @@ class Library:
             "max_new_tokens": how.max_new_tokens,
         }
         cache = LessonCache.open(self.work / folder, description, self.shares[folder])
-        done = cache.indices()
-        left = [i for i in range(len(asked.prompts)) if i not in done]
-        if left and not is_full(cache):
-            fill(cache, make(left), len(asked.prompts), lambda message: self.progress(f"{folder}: {message}"))
-        if cache.num_lessons < len(asked.prompts):
-            self.progress(f"{folder}: full after {cache.num_lessons} of {len(asked.prompts)} answers")
-        return list(cache)
+        return complete(cache, len(asked.prompts), make, lambda message: self.progress(f"{folder}: {message}"))

@@ -1,0 +1,346 @@
+"""From a model and documents to cartridges: every choice in one place, and the steps in order.
+
+Each step resumes: conversations go on behind the last shard, training behind the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from accel.artifacts import Artifact, config_digest, describe_base
+from accel.distill.batches import Lessons
+from accel.distill.checkpoint import KEPT, thinned
+from accel.distill.forward import Scorer
+from accel.distill.losses import Teacher, forward_kl, pair
+from accel.distill.teacher import Lesson, stop_tokens
+from accel.errors import ArtifactError, OptionError, unknown_name
+from accel.methods.cartridge import document
+from accel.methods.cartridge.cartridge import DTYPES, TEMPLATES, Cartridge, Document, Geometry
+from accel.methods.cartridge.distill.compact import compact
+from accel.methods.cartridge.distill.self_study import Corpus, Study, cut, study
+from accel.methods.cartridge.distill.slots import STARTS, Slots, begin, inputs
+from accel.methods.cartridge.distill.train import Training, train
+from accel.methods.cartridge.template import document_ids, query_ids
+from accel.models.row_cache import Segment
+
+Progress = Callable[[str], None]
+
+METHODS = ("self-study", "compact", "whole")
+# one conversation in so many is held out, so many at most
+_HELD_OUT, _MOST_HELD_OUT = 16, 64
+# what the quick fit is asked about: stretches of the document, so many tokens each, so many of them
+_STRETCH, _STRETCHES = 24, 48
+_FRAME = 2**18
+_LINE = 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice that makes a cartridge; the same recipe, model and documents make the same one."""
+
+    # slots of a layer, or how many tokens of the document stand for one slot; one of the two
+    tokens: int | None = None
+    compression: float | None = None
+    method: str = "self-study"
+    # how the document stands in prompts, and what is said before it
+    template: str = "system"
+    instruction: str = ""
+    start: str = "chunks"
+    sink_tokens: int = 1
+    # see Study
+    conversations: int = 1024
+    shortest_chunk: int = 256
+    longest_chunk: int = 1024
+    per_chunk: int = 16
+    question_tokens: int = 48
+    answer_tokens: int = 96
+    k: int = 32
+    rows: int = 16
+    # see Training
+    steps: int = 400
+    batch_tokens: int = 2048
+    learning_rate: float = 0.02
+    together: float = 0.5
+    checkpoint_every: int = 50
+    seed: int = 0
+    # of the file
+    dtype: str = "bfloat16"
+    # everything below the work folder and the artifacts
+    max_bytes: int = 2_000_000_000
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise OptionError(unknown_name("method", self.method, METHODS))
+        if self.method == "whole":
+            if self.tokens is not None or self.compression is not None:
+                raise OptionError("method='whole' keeps every token: leave tokens and compression out")
+        elif (self.tokens is None) == (self.compression is None):
+            raise OptionError(f"tokens={self.tokens} and compression={self.compression}: give one of the two")
+        if self.tokens is not None and self.tokens < 1:
+            raise OptionError(f"tokens={self.tokens}: must be 1 or more")
+        if self.compression is not None and not 1 <= self.compression < float("inf"):
+            raise OptionError(f"compression={self.compression}: must be 1 or more, as in 16 for a sixteenth")
+        for name, allowed in (("template", TEMPLATES), ("start", STARTS), ("dtype", tuple(DTYPES))):
+            if getattr(self, name) not in allowed:
+                raise OptionError(unknown_name(name, getattr(self, name), allowed))
+        if self.sink_tokens < 0 or self.max_bytes < 1:
+            raise OptionError(f"sink_tokens={self.sink_tokens}, max_bytes={self.max_bytes}: ≥ 0 and ≥ 1")
+        # these check the rest
+        assert self.study.seed == self.training.seed
+
+    @property
+    def study(self) -> Study:
+        return Study(**{each.name: getattr(self, each.name) for each in fields(Study) if hasattr(self, each.name)})
+
+    @property
+    def training(self) -> Training:
+        return Training(
+            **{each.name: getattr(self, each.name) for each in fields(Training) if hasattr(self, each.name)}
+        )
+
+    def slots_for(self, document_tokens: int) -> int:
+        """p for a document of so many tokens, with its template."""
+        if self.method == "whole":
+            return document_tokens
+        if self.tokens is not None:
+            return self.tokens
+        assert self.compression is not None
+        return max(int(document_tokens / self.compression), 1)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Documents as token ids, their slots, and what will be on disk, at most."""
+
+    corpora: list[Corpus]
+    ids: list[list[int]]
+    slots: list[int]
+    lessons_bytes: int
+    checkpoint_bytes: int
+    artifact_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.lessons_bytes + self.checkpoint_bytes + self.artifact_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        documents = [
+            {"name": corpus.name, "tokens": len(ids), "slots": slots, "compression": round(len(ids) / slots, 2)}
+            for corpus, ids, slots in zip(self.corpora, self.ids, self.slots, strict=True)
+        ]
+        disk = {"lessons": self.lessons_bytes, "checkpoints": self.checkpoint_bytes, "artifacts": self.artifact_bytes}
+        return {"documents": documents, "disk": disk | {"total": self.total_bytes}}
+
+
+def read_corpora(files: Sequence[Path], recipe: Recipe) -> list[Corpus]:
+    """Documents of text files (UTF-8), named by their files."""
+    corpora = []
+    for path in files:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"cannot read the document {path}: {error}") from error
+        if not text.strip():
+            raise OptionError(f"{path}: the document is empty")
+        corpora.append(Corpus(path.stem, text, recipe.template, recipe.instruction))
+    names = [each.name for each in corpora]
+    if len(set(names)) < len(names):
+        raise OptionError(f"documents named {', '.join(names)}: each needs a file name of its own")
+    if len({each.digest for each in corpora}) < len(corpora):
+        raise OptionError("the same document is given twice: give each once")
+    return corpora
+
+
+def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], recipe: Recipe) -> Prepared:
+    """Count tokens, slots and bytes; generates and writes nothing."""
+    ids = [document_ids(tokenizer, each.text, each.template, each.instruction) for each in corpora]
+    slots = [recipe.slots_for(len(each)) for each in ids]
+    for corpus, each, count in zip(corpora, ids, slots, strict=True):
+        if count > len(each):
+            raise OptionError(f"tokens={count}: {corpus.name} has only {len(each)} with its template; ask for fewer")
+        if recipe.method != "whole" and count <= recipe.sink_tokens:
+            raise OptionError(f"{corpus.name}: {count} slots and sink_tokens={recipe.sink_tokens} leave none to fit")
+    geometry = Geometry.of(model.config)
+    numbers = sum(2 * geometry.layers * geometry.kv_heads * geometry.head_dim * each for each in slots)
+    learns = recipe.method == "self-study"
+    lessons = recipe.study.predicted_bytes() * len(corpora) if learns else 0
+    # weights and two moments in fp32
+    checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
+    prepared = Prepared(
+        list(corpora), ids, slots, lessons, checkpoints, numbers * DTYPES[recipe.dtype].itemsize + _FRAME * len(corpora)
+    )
+    if prepared.total_bytes > recipe.max_bytes:
+        raise OptionError(
+            f"max_bytes={recipe.max_bytes}: conversations take up to {lessons}, checkpoints {checkpoints} and "
+            f"artifacts {prepared.artifact_bytes} bytes; allow more disk, fewer conversations or fewer slots"
+        )
+    return prepared
+
+
+def distill_cartridges(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    corpora: Sequence[Corpus],
+    recipe: Recipe,
+    work: Path,
+    outputs: Sequence[Path],
+    progress: Progress = lambda message: None,
+    *,
+    name: str | None = None,
+    command: str | None = None,
+    prepared: Prepared | None = None,
+) -> list[Artifact]:
+    """Make a cartridge of each document; those of one call learn to stand together.
+
+    ``work`` keeps conversations and checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
+    ``name``: what the manifest calls the model; ``command``: how this was called.
+    """
+    for output in outputs:
+        if output.exists():
+            raise ArtifactError(f"{output} exists already: choose another folder")
+    prepared = prepared or prepare(model, tokenizer, corpora, recipe)
+    progress(f"at most {prepared.total_bytes / 2**20:.0f} MiB on disk")
+    made: dict[str, Any] = {"command": command, "seed": recipe.seed, "recipe": asdict(recipe)}
+    measured: list[dict[str, Any]] = [{} for _ in corpora]
+    if recipe.method == "self-study":
+        segments, losses, measured = _trained(model, tokenizer, prepared, recipe, work, progress, name)
+        made["losses"] = thinned(losses)
+    elif recipe.method == "compact":
+        queries = [_probes(tokenizer, each) for each in prepared.corpora]
+        triples = zip(prepared.ids, queries, prepared.slots, strict=True)
+        segments = [compact(model, ids, asked, count, recipe.sink_tokens) for ids, asked, count in triples]
+    else:
+        segments = [document.read(model, ids) for ids in prepared.ids]
+    artifacts = []
+    digests = [each.digest for each in corpora]
+    joint = recipe.method == "self-study" and recipe.together > 0
+    for place, (corpus, segment, output) in enumerate(zip(corpora, segments, outputs, strict=True)):
+        cartridge = Cartridge.of(
+            output.name,
+            segment,
+            model,
+            tokenizer,
+            method=recipe.method,
+            template=recipe.template,
+            instruction=recipe.instruction,
+            sink_tokens=0 if recipe.method == "whole" else recipe.sink_tokens,
+            documents=(Document(corpus.digest, len(prepared.ids[place])),),
+            trained_with=tuple(each for each in digests if each != corpus.digest) if joint else (),
+            exact=recipe.method == "whole",
+        )
+        base = dataclasses.replace(cartridge.base, name=name or cartridge.base.name)
+        cartridge = dataclasses.replace(cartridge, base=base)
+        artifacts.append(
+            cartridge.save(
+                output,
+                dtype=recipe.dtype,
+                made=made | {"data_digest": corpus.digest},
+                measured=measured[place],
+            )
+        )
+    return artifacts
+
+
+def _trained(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prepared: Prepared,
+    recipe: Recipe,
+    work: Path,
+    progress: Progress,
+    name: str | None,
+) -> tuple[list[Segment], list[float], list[dict[str, Any]]]:
+    base = asdict(describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed"))
+    stop = stop_tokens(model, tokenizer)
+    learned, unseen = [], []
+    for corpus in prepared.corpora:
+        lessons = study(
+            model,
+            tokenizer,
+            corpus,
+            recipe.study,
+            work / corpus.name,
+            base,
+            stop,
+            lambda message, of=corpus.name: progress(f"{of}: {message}"),  # type: ignore[misc]
+            recipe.max_bytes,
+        )
+        lessons = cut(lessons, recipe.batch_tokens)
+        held = [each for each in lessons if each.index % _HELD_OUT == _HELD_OUT - 1][:_MOST_HELD_OUT]
+        chosen = {each.index for each in held}
+        learned.append([each for each in lessons if each.index not in chosen])
+        unseen.append(held)
+    slots = [
+        Slots(begin(model, ids, count, recipe.start, recipe.sink_tokens, recipe.seed), recipe.sink_tokens)
+        for ids, count in zip(prepared.ids, prepared.slots, strict=True)
+    ]
+    before = [_divergence(model, one, held, recipe) for one, held in zip(slots, unseen, strict=True)]
+    free = ("max_bytes", "dtype", "rows", "checkpoint_every")
+    made_from = {key: value for key, value in asdict(recipe).items() if key not in free}
+    made_from |= {"config": config_digest(model.config), "documents": [each.digest for each in prepared.corpora]}
+    rows = train(
+        model,
+        slots,
+        learned,
+        recipe.training,
+        work / "training",
+        made_from=made_from,
+        progress=lambda row: progress(
+            f"training: step {row['step'] + 1} of {recipe.steps} · loss {row['loss']:.3f} · about "
+            f"{(recipe.steps - row['step'] - 1) * row['seconds']:.0f} s left"
+        ),
+    )
+    progress("measuring …")
+    measured = [
+        {
+            "conversations": len(lessons),
+            "held_out": len(held),
+            "divergence_before": start,
+            "divergence": _divergence(model, one, held, recipe),
+        }
+        for one, lessons, held, start in zip(slots, learned, unseen, before, strict=True)
+    ]
+    return [each.segment(model.dtype) for each in slots], [row["loss"] for row in rows], measured
+
+
+@torch.no_grad()
+def _divergence(model: PreTrainedModel, slots: Slots, lessons: Sequence[Lesson], recipe: Recipe) -> float | None:
+    """Mean KL(teacher ‖ cartridge) over the answer tokens of conversations that were held out; None without any."""
+    if not lessons:
+        return None
+    scorer = Scorer(model)
+    total, count = 0.0, 0
+    for whole in Lessons(lessons, recipe.batch_tokens, seed=0).epoch():
+        batch = whole.to(model.device)
+        logits = scorer(batch.tokens, batch.at, **inputs([slots], batch.tokens, model.dtype))
+        total += float(forward_kl(pair(logits, Teacher(batch.ids, batch.logp))).sum())
+        count += len(batch.at)
+    return round(total / count, 5)
+
+
+def _probes(tokenizer: Any, corpus: Corpus) -> list[list[int]]:
+    """What the quick fit is asked: to say again what stands at evenly spread places of the document."""
+    ids: list[int] = tokenizer(corpus.text, add_special_tokens=False)["input_ids"]
+    count = min(_STRETCHES, -(-len(ids) // _STRETCH))
+    probes = []
+    for place in range(count):
+        start = round(place * max(len(ids) - _STRETCH, 0) / max(count - 1, 1))
+        passage = tokenizer.decode(ids[start : start + _STRETCH], skip_special_tokens=True).strip()
+        asked = [{"role": "user", "content": f"What does the text say about this? {passage}"}]
+        probes.append([*query_ids(tokenizer, asked, corpus.template), *ids[start : start + _STRETCH]])
+    return probes
+
+
+def summary(artifacts: Sequence[Artifact], prepared: Prepared) -> list[Mapping[str, Any]]:
+    """What a report says of each artifact."""
+    return [
+        {"path": str(artifact.path), **facts, **artifact.manifest.measured}
+        for artifact, facts in zip(artifacts, prepared.as_dict()["documents"], strict=True)
+    ]

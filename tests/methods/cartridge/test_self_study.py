@@ -1,0 +1,151 @@
+"""Self-study: what is asked, what stood in view, and that a killed run goes on to the same conversations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from accel.errors import OptionError
+from accel.methods.cartridge.distill import self_study
+from accel.methods.cartridge.distill.self_study import Chunks, Corpus, Study, cut, study
+from accel.methods.cartridge.template import document_ids, query_ids
+
+TEXT = "The ferry Marigold leaves at nine. The lamp was lit in 1903 by Ada Holm. " * 4
+CORPUS = Corpus("handbook", TEXT, "text", "Read this. ")
+HOW = Study(
+    conversations=12, shortest_chunk=20, longest_chunk=40, per_chunk=4, question_tokens=6, answer_tokens=5, k=4, rows=5
+)
+
+
+@pytest.fixture
+def model(tiny):
+    return tiny.build("llama", vocab_size=257, max_position_embeddings=1024, eos_token_id=0, pad_token_id=0)
+
+
+def run(model, tokenizer, folder, how=HOW, corpus=CORPUS):
+    return sorted(study(model, tokenizer, corpus, how, folder, {"name": "tiny"}, [0]), key=lambda each: each.index)
+
+
+def same(one, other):
+    fields = ("prompt", "answer", "ids", "logp")
+    return len(one) == len(other) and all(
+        a.index == b.index and all(torch.equal(getattr(a, f), getattr(b, f)) for f in fields)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_lessons_hold_the_teachers_view_with_the_chunk_before_it(model, bytewise, tmp_path):
+    """Brute force: the model on chunk + question + answer, without any cache."""
+    lessons = run(model, bytewise, tmp_path)
+    chunks = Chunks(bytewise, CORPUS, HOW)
+    assert 0 < len(lessons) <= 12
+    asked = {}
+    for index in range(12):
+        question = _question_of(model, bytewise, chunks, index)
+        if question:
+            asked[len(asked)] = (index, question)
+    for lesson in lessons:
+        index, question = asked[lesson.index]
+        prompt = query_ids(bytewise, [{"role": "user", "content": question}], "text")
+        assert lesson.prompt.tolist() == prompt
+        head = document_ids(bytewise, chunks.text(index // 4), "text", "Read this. ")
+        whole = torch.tensor([head + prompt + lesson.answer.tolist()])
+        with torch.no_grad():
+            logits = model(whole).logits[0, len(head) + len(prompt) - 1 : -1]
+        best, ids = logits.log_softmax(-1).topk(4, dim=-1)
+        assert torch.equal(ids, lesson.ids.long())
+        torch.testing.assert_close(best, lesson.logp.float(), atol=2e-3, rtol=2e-3)
+        assert lesson.answer.tolist() == ids[:, 0].tolist(), "answers are greedy"
+
+
+def _question_of(model, tokenizer, chunks, index):
+    """The question of conversation ``index``, asked alone and without a cache of chunks."""
+    from accel.distill.teacher import Generation, answers
+    from accel.models.softmax_target import SoftmaxTarget
+
+    told = self_study._seed_prompt(HOW.seed, index).format(passage=chunks.passage(index))
+    head = document_ids(tokenizer, chunks.text(index // 4), "text", "Read this. ")
+    prompt = head + query_ids(tokenizer, [{"role": "user", "content": told}], "text")
+    way = Generation(HOW.question_tokens, HOW.question_temperature, HOW.seed, [0], k=1)
+    (lesson,) = answers(SoftmaxTarget(model), [(index, prompt)], way)
+    return self_study._clean(tokenizer, lesson.answer)
+
+
+def test_a_killed_run_goes_on_to_the_same_conversations(model, bytewise, tmp_path, monkeypatch):
+    whole = run(model, bytewise, tmp_path / "whole")
+    from accel.distill import lessons as shelves
+
+    monkeypatch.setattr(shelves, "SHARD", 3)
+    calls = []
+    original = self_study.document.read
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(self_study.document, "read", dies)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, bytewise, tmp_path / "killed")
+    assert same(run(model, bytewise, tmp_path / "killed"), whole)
+    # nothing is made twice
+    calls.clear()
+    assert same(run(model, bytewise, tmp_path / "killed"), whole) and not calls
+
+
+def test_other_choices_do_not_go_on_in_the_same_folder(model, bytewise, tmp_path):
+    from dataclasses import replace
+
+    from accel.errors import ArtifactError
+
+    run(model, bytewise, tmp_path)
+    with pytest.raises(ArtifactError, match="was made with answer_tokens=5, this run has 6"):
+        run(model, bytewise, tmp_path, replace(HOW, answer_tokens=6))
+    with pytest.raises(ArtifactError, match="was made with document="):
+        run(model, bytewise, tmp_path, corpus=replace(CORPUS, text=TEXT + "More."))
+
+
+def test_chunks_and_passages_come_from_everywhere_and_are_repeatable(bytewise):
+    how = Study(conversations=400, shortest_chunk=20, longest_chunk=40, per_chunk=4)
+    text = "".join(f"[{i:03}]" for i in range(100))
+    chunks = Chunks(bytewise, Corpus("x", text, "text", ""), how)
+    pieces = [chunks.text(number) for number in range(100)]
+    assert pieces == [Chunks(bytewise, Corpus("x", text, "text", ""), how).text(n) for n in range(100)]
+    assert all(20 <= len(piece) <= 40 and piece in text for piece in pieces)
+    covered = set().union(*({*range(text.index(p), text.index(p) + len(p))} for p in pieces))
+    assert len(covered) > 0.95 * len(text)
+    assert all(chunks.passage(i) in chunks.text(i // 4) for i in range(40))
+    assert len({chunks.passage(i) for i in range(40)}) > 30
+
+
+def test_all_five_kinds_are_asked():
+    assert set(self_study._KINDS) == set(self_study.SEEDS) and len(self_study.SEEDS) == 5
+
+
+def test_long_lessons_are_cut_and_those_without_room_left_out(model, bytewise, tmp_path):
+    lessons = run(model, bytewise, tmp_path)
+    longest = max(len(each.prompt) for each in lessons) + 2
+    kept = cut(lessons, longest)
+    assert all(len(each.prompt) + len(each.answer) <= longest for each in kept)
+    assert all(len(each.answer) == len(each.ids) == len(each.logp) for each in kept)
+    assert len(cut(lessons, min(len(each.prompt) for each in lessons))) == 0
+
+
+@pytest.mark.parametrize(
+    ("choice", "match"),
+    [
+        ({"conversations": 0}, "conversations=0"),
+        ({"shortest_chunk": 50, "longest_chunk": 40}, "longest_chunk=40: must be shortest_chunk=50 or more"),
+        ({"per_chunk": 0}, "per_chunk=0"),
+    ],
+)
+def test_bad_choices_are_refused(choice, match):
+    with pytest.raises(OptionError, match=match):
+        Study(**choice)
+
+
+def test_what_is_stated_beforehand_is_enough(model, bytewise, tmp_path):
+    run(model, bytewise, tmp_path)
+    used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert used <= HOW.predicted_bytes() + 4096  # the index files name the model
