@@ -29,6 +29,8 @@ BENCH_MAY = {
     "accel.engine.drafts",
     # an arm is attached again for each of its runs, as what it was before
     "accel.engine.attached",
+    # the suite `cartridge` reads documents as recipes do, and proves the path before it measures
+    "accel.methods.cartridge",
     "accel.methods.speculative.distill",
     "accel.methods.speculative.options",
 }

@@ -31,6 +31,7 @@ USES = {
     "spec-bench": _ASKING | {"turns", "arms", "temperature", "prompt_file"},
     "drafts": _ASKING | {"prompt_file", "draft_length", "svg_file"},
     "lenience": _ASKING | {"prompt_file", "draft_length", "svg_file", "temperature", "epsilon"},
+    "cartridge": _ALWAYS | {"model", "dtype", "artifacts", "prompt_file", "corpus", "limit", "max_new_tokens"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
@@ -44,10 +45,12 @@ USES = {
     "artifacts",
     multiple=True,
     metavar="ARTIFACT",
-    help="A draft model: folder or name; repeatable with --suite drafts. [default model: the draft that ships with it]",
+    help="A draft model, folder or name; several with --suite drafts. With --suite cartridge: cartridges. "
+    "[default model: the draft that ships with it]",
 )
 @click.option(
-    "--suite", help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, steps, kernels."
+    "--suite",
+    help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, steps, kernels.",
 )
 @click.option(
     "--prompts",
@@ -55,12 +58,13 @@ USES = {
     type=FILE,
     help="JSON lines: question_id, category, turns (Spec-Bench), or question, answer (GSM8K).",
 )
+@click.option("--corpus", type=FILE, metavar="FILE", help="cartridge: the document that the cartridges stand in for.")
 @click.option("--limit", type=int, help="Prompts of each task group. [embedded prompts: 1; from a file: all]")
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
 @click.option(
     "--max-new-tokens",
     type=int,
-    help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256]",
+    help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256; cartridge: 24]",
 )
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
 @click.option("--repeat", type=int, default=1, show_default=True, help="Runs of each arm on each prompt.")
@@ -93,15 +97,18 @@ def bench(context: click.Context, model: str, suite: str | None, **given: Any) -
     that a suite does not use is refused.
 
     `drafts` compares draft models, greedy and at temperature 1, with each other and with what theory promises.
-    `lenience` shows what lossy acceptance of a draft's tokens gains and what it costs in quality. `steps` measures
-    what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it times every kernel
-    family on --device against the machine's own bandwidth and other implementations.
+    `lenience` shows what lossy acceptance of a draft's tokens gains and what it costs in quality. `cartridge` asks
+    --prompts (question and answer) without --corpus, with all of it in the prompt, and behind each cartridge. `steps`
+    measures what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it times every
+    kernel family on --device against the machine's own bandwidth and other implementations.
     """
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
     _refuse_unused(context, suite)
     if suite == "steps":
         _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
+    elif suite == "cartridge":
+        _bench_cartridge(model, given)
     elif suite == "kernels":
         _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
     else:
@@ -215,6 +222,34 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
     if output:
         saving.write(output, saving.dump(document))
     click.echo(saving.dump(document) if as_json else steps.terminal(document), nl=False)
+
+
+def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
+    for name, option in (("corpus", "--corpus"), ("prompt_file", "--prompts")):
+        if given[name] is None:
+            raise OptionError(f"suite 'cartridge' needs {option}: the document, and questions with answers about it")
+    import torch
+
+    from accel.bench import cartridge, saving
+
+    if given["threads"] is not None:
+        torch.set_num_threads(given["threads"])
+    tokens = given["max_new_tokens"]
+    plan = cartridge.Plan(
+        model=model,
+        artifacts=given["artifacts"],
+        corpus=given["corpus"],
+        questions=given["prompt_file"],
+        limit=given["limit"],
+        **({} if tokens is None else {"max_new_tokens": tokens}),
+        device=given["device"],
+        dtype=given["dtype"],
+        output=given["output"],
+        command=shlex.join(["accel", *sys.argv[1:]]),
+    )
+    with Progress() as progress:
+        document = cartridge.carry_out(plan, progress)
+    click.echo(saving.dump(document) if given["as_json"] else cartridge.terminal(document), nl=False)
 
 
 def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: bool, output: Path | None) -> None:

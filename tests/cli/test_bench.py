@@ -186,7 +186,10 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--suite", "mt"], "unknown suite 'mt': choose from default, drafts, kernels, lenience, spec-bench, steps"),
+        (
+            ["--suite", "mt"],
+            "unknown suite 'mt': choose from cartridge, default, drafts, kernels, lenience, spec-bench, steps",
+        ),
         (["--suite", "spec-bench"], "--prompts FILE"),
         (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
         (["--arms", "fast"], "unknown arm 'fast'"),

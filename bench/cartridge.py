@@ -1,0 +1,337 @@
+"""The suite `cartridge`: what a small cache keeps of what a document in the prompt gives, and what it saves.
+
+Questions with known answers are asked without the document, with all of it in the prompt, with as much of its beginning
+as a cartridge has slots, and behind each cartridge. Quality is the answers' log-probability and whether greedy decoding
+says them; cost is bytes of keys and values, time to the first token, and decoding at several requests at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import accel
+from accel.artifacts import open_artifact, resolve
+from accel.bench import environment, saving
+from accel.bench.metrics import paired_speedup
+from accel.bench.report import table
+from accel.bench.workloads import Prompt, digest, encode, load_jsonl
+from accel.errors import AccelError, OptionError
+from accel.methods.cartridge import document, parity
+from accel.methods.cartridge.cartridge import Cartridge
+from accel.methods.cartridge.evaluate import log_probabilities
+from accel.methods.cartridge.template import document_ids, query_ids
+
+Told = Callable[[str], None]
+
+NONE, FULL, CACHED = "none", "full", "full, cached"
+# questions whose first token is timed, and requests that decode at once
+TIMED = 5
+CONCURRENT = (1, 4, 16)
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``corpus``: the document's file; ``questions``: JSON lines with question and answer."""
+
+    model: str
+    artifacts: tuple[str, ...]
+    corpus: Path
+    questions: Path
+    limit: int | None = None
+    max_new_tokens: int = 24
+    device: str = "auto"
+    dtype: str = "auto"
+    output: Path | None = None
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.artifacts:
+            raise OptionError("suite 'cartridge' compares cartridges: name one or more with -a")
+        if self.max_new_tokens < 2:
+            raise OptionError(f"max_new_tokens={self.max_new_tokens}: must be 2 or more")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What stands in front of the questions: cartridges, or token ids in the prompt itself."""
+
+    name: str
+    cartridges: tuple[Cartridge, ...] = ()
+    # the document in the prompt, read anew by each request
+    head: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(each.num_tokens for each in self.cartridges) + len(self.head)
+
+
+def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
+    """Measure as ``plan`` says and return the document, which is also written to ``plan.output``."""
+    prompts = _questions(plan)
+    try:
+        text = plan.corpus.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the document {plan.corpus}: {error}") from error
+    opened = [open_artifact(resolve(each)) for each in plan.artifacts]
+    told("loading the model …")
+    loaded = accel.load(plan.model, device=plan.device, dtype=plan.dtype, method="plain")
+    model = loaded.model
+    tokenizer: Any = loaded.tokenizer
+    if tokenizer is None:
+        raise OptionError(f"{plan.model} brings no tokenizer: documents cannot be read without one")
+    cartridges = [Cartridge.load(each, model, tokenizer) for each in opened]
+    digests = {each.sha256 for cartridge in cartridges for each in cartridge.parameters.documents}
+    if document.describe(text, 0).sha256 not in digests:
+        raise OptionError(f"{plan.corpus} is none of the documents that the cartridges were made of")
+    first = cartridges[0].parameters
+    told("reading the whole document …")
+    full_ids = document_ids(tokenizer, text, first.template, first.instruction)
+    whole = document.whole(CACHED, model, tokenizer, text, template=first.template, instruction=first.instruction)
+    contexts = [
+        Context(NONE),
+        Context(FULL, head=tuple(full_ids)),
+        Context(CACHED, (whole,)),
+        *_truncated(model, tokenizer, text, cartridges),
+        *(Context(each.name, (each,)) for each in cartridges),
+    ]
+    asked = [query_ids(tokenizer, [{"role": "user", "content": p.turns[0]}], first.template) for p in prompts]
+    answers = [tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
+    told("proving the path …")
+    proved = parity.ratio(model, full_ids, asked[:1])
+    if proved > parity.tolerance(model):
+        raise AccelError(f"the cartridge path differs from the prompt by {proved:.1e}: nothing is measured")
+    rows = {}
+    for context in contexts:
+        if context.name != FULL:
+            told(f"{context.name}: answers …")
+            rows[context.name] = _quality(model, tokenizer, context, prompts, asked, answers, plan)
+    rows[FULL] = dict(rows[CACHED])  # the same logits, as was just proved; each request holds its own copy
+    for name, row in rows.items():
+        row["gain_kept"] = _kept(rows, name)
+    told("time to the first token …")
+    for name, times in _first_tokens(model, contexts, asked).items():
+        rows[name] |= times
+    for count in CONCURRENT:
+        told(f"{count} requests at once …")
+        for name, figures in _throughput(model, contexts, asked, count, plan.max_new_tokens).items():
+            rows[name][f"at_{count}"] = figures
+    result = {
+        "version": 1,
+        "tool": "accel bench",
+        "suite": "cartridge",
+        "command": plan.command,
+        "settings": {
+            "model": plan.model,
+            "artifacts": list(plan.artifacts),
+            "questions": len(prompts),
+            "questions_sha256": digest(prompts),
+            "document_tokens": len(full_ids),
+            "max_new_tokens": plan.max_new_tokens,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        "environment": environment.describe(model.device),
+        "parity": proved,
+        "contexts": {context.name: rows[context.name] for context in contexts},
+    }
+    if plan.output:
+        saving.write(plan.output, saving.dump(result))
+    return result
+
+
+def _questions(plan: Plan) -> list[Prompt]:
+    prompts = load_jsonl(plan.questions)[: plan.limit]
+    if any(not prompt.answer for prompt in prompts):
+        raise OptionError(f"{plan.questions}: every question needs an answer to be held against")
+    return prompts
+
+
+def _truncated(model: Any, tokenizer: Any, text: str, cartridges: Sequence[Cartridge]) -> list[Context]:
+    """The document's beginning in as many tokens as each size of cartridge has slots."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    found = []
+    for size in sorted({each.num_tokens for each in cartridges}):
+        about = cartridges[0].parameters
+        around = len(document_ids(tokenizer, "", about.template, about.instruction))
+        if size <= around or size >= len(ids):
+            continue
+        part = tokenizer.decode(ids[: size - around])
+        name = f"first {size} tokens"
+        options = {"template": about.template, "instruction": about.instruction}
+        found.append(Context(name, (document.whole(name, model, tokenizer, part, **options),)))
+    return found
+
+
+def _prompt(context: Context, asked: Sequence[int]) -> list[int]:
+    return [*context.head, *asked]
+
+
+def _quality(
+    model: Any,
+    tokenizer: Any,
+    context: Context,
+    prompts: Sequence[Prompt],
+    asked: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    plan: Plan,
+) -> dict[str, Any]:
+    """Log-probabilities and exact matches. Without a document the chat is the template's own."""
+    if context.name == NONE:
+        asked = [encode(tokenizer, [prompt.turns[0]])[0].tolist() for prompt in prompts]
+    segments = [each.segment for each in context.cartridges]
+    sums = log_probabilities(model, segments, asked, answers)
+    said = []
+    for start in range(0, len(asked), max(CONCURRENT)):
+        batch = _batch(model, asked[start : start + max(CONCURRENT)])
+        out = model.generate(
+            **batch, max_new_tokens=plan.max_new_tokens, do_sample=False, cartridges=list(context.cartridges)
+        )
+        said += tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    right = [str(p.answer).casefold() in text.casefold() for p, text in zip(prompts, said, strict=True)]
+    return {
+        "tokens": context.num_tokens,
+        "kv_bytes": sum(each.nbytes() for each in context.cartridges),
+        "log_probability": mean(sums),
+        "log_probability_per_token": sum(sums) / sum(len(each) for each in answers),
+        "exact_match": mean(right),
+        "log_probabilities": sums,
+    }
+
+
+def _kept(rows: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
+    """The share of what the whole document gains over none, in log-probability."""
+    none, full = rows[NONE]["log_probability"], rows[CACHED]["log_probability"]
+    return (rows[name]["log_probability"] - none) / (full - none) if full > none else None
+
+
+def _first_tokens(model: Any, contexts: Sequence[Context], asked: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
+    """Seconds from call to first token, contexts taken in turn; ratios to the whole document in the prompt."""
+    times: dict[str, list[float]] = {context.name: [] for context in contexts}
+    for number in range(TIMED + 1):
+        for context in _rotated(contexts, number):
+            batch = _batch(model, [_prompt(context, asked[number % len(asked)])])
+            started = time.perf_counter()
+            model.generate(**batch, max_new_tokens=1, do_sample=False, cartridges=list(context.cartridges))
+            if number:  # the first round warms caches up
+                times[context.name].append(time.perf_counter() - started)
+    return {
+        name: {"ttft_ms": 1000 * median(each), "ttft_speedup": _ratio(times[FULL], each)}
+        for name, each in times.items()
+    }
+
+
+def _throughput(
+    model: Any, contexts: Sequence[Context], asked: Sequence[Sequence[int]], count: int, tokens: int
+) -> dict[str, dict[str, Any]]:
+    """Decoded tokens/s of ``count`` requests at once, behind their first token, and bytes held for all of them."""
+    seconds: dict[str, list[float]] = {context.name: [] for context in contexts}
+    held: dict[str, int] = {}
+    for number in range(REPEATS):
+        for context in _rotated(contexts, number):
+            some = [asked[(number + place) % len(asked)] for place in range(count)]
+            batch = _batch(model, [_prompt(context, each) for each in some])
+            model.generate(
+                **batch,
+                max_new_tokens=tokens,
+                min_new_tokens=tokens,
+                do_sample=False,
+                cartridges=list(context.cartridges),
+            )
+            stats = accel.stats(model)
+            seconds[context.name].append(stats.seconds["decode"])
+            held[context.name] = stats.state_bytes
+    made = count * (tokens - 1)
+    return {
+        name: {
+            "tokens_per_second": made / median(each),
+            "speedup": _ratio(seconds[FULL], each),
+            "state_bytes": held[name],
+        }
+        for name, each in seconds.items()
+    }
+
+
+def _ratio(reference: Sequence[float], mine: Sequence[float]) -> list[float] | None:
+    """Median, p20, p80 of paired ratios: how many times as fast."""
+    found = paired_speedup([a / b for a, b in zip(reference, mine, strict=True)])
+    return None if found is None else [found.median, found.p20, found.p80]
+
+
+def _rotated(contexts: Sequence[Context], number: int) -> list[Context]:
+    place = number % len(contexts)
+    return [*contexts[place:], *contexts[:place]]
+
+
+def _batch(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Left-padded, as transformers wants it."""
+    longest = max(len(each) for each in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, each in enumerate(rows):
+        ids[place, longest - len(each) :] = torch.tensor(list(each))
+        mask[place, longest - len(each) :] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def terminal(result: Mapping[str, Any]) -> str:
+    """The document as tables."""
+    settings = result["settings"]
+    head = (
+        f"{settings['model']} · {settings['dtype']} · document of {settings['document_tokens']} tokens · "
+        f"{settings['questions']} questions · path proved to {result['parity']:.0e}"
+    )
+    contexts = result["contexts"]
+    quality = [
+        (
+            name,
+            str(row["tokens"]),
+            f"{row['kv_bytes'] / 1e6:.2f}" if row["kv_bytes"] else "–",
+            f"{row['log_probability']:.2f}",
+            f"{row['log_probability_per_token']:.2f}",
+            "–" if row["gain_kept"] is None else f"{row['gain_kept']:.0%}",
+            f"{row['exact_match']:.0%}",
+        )
+        for name, row in contexts.items()
+    ]
+    cost = [
+        (
+            name,
+            f"{row['ttft_ms']:.0f}",
+            _shown(row["ttft_speedup"]),
+            *(part for n in CONCURRENT for part in _at(row[f"at_{n}"])),
+        )
+        for name, row in contexts.items()
+    ]
+    return "\n\n".join(
+        [
+            head,
+            table(("context", "tokens", "KV MB", "ln p(answer)", "a token", "gain kept", "says it"), quality),
+            table(
+                (
+                    "context",
+                    "TTFT ms",
+                    "× full",
+                    *(title for n in CONCURRENT for title in (f"tokens/s @{n}", "× full", "MB held")),
+                ),
+                cost,
+            ),
+            "gain kept: of what the whole document in the prompt adds to ln p(answer). full: read anew by each one. "
+            "full, cached: its keys and values read once and shared. Ratios are medians of paired runs [p20–p80].\n",
+        ]
+    )
+
+
+def _at(figures: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{figures['tokens_per_second']:.1f}", _shown(figures["speedup"]), f"{figures['state_bytes'] / 1e6:.1f}"
+
+
+def _shown(ratio: Sequence[float] | None) -> str:
+    return "–" if ratio is None else f"{ratio[0]:.2f}× [{ratio[1]:.2f}–{ratio[2]:.2f}]"

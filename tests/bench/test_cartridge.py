@@ -1,0 +1,119 @@
+"""The suite `cartridge` on a tiny model: every context measured, figures that follow from what was asked, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from accel.bench import cartridge as suite
+from accel.cli.main import main
+from accel.methods.cartridge import document
+from accel.methods.cartridge.cartridge import Cartridge
+from accel.methods.cartridge.evaluate import log_probabilities
+
+TEXT = "The ferry Marigold leaves at nine. The lamp was lit in 1903 by Ada Holm. " * 3
+QUESTIONS = [
+    {"question": "When does it leave?", "answer": "at nine"},
+    {"question": "Who lit the lamp?", "answer": "Ada Holm"},
+    {"question": "Which year?", "answer": "1903"},
+]
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["bench", *map(str, arguments)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
+    """A model folder, a document, questions, and two cartridges: the document's first part, and all of it."""
+    where = tmp_path_factory.mktemp("cartridges")
+    model.save_pretrained(where / "model")
+    tokenizer.save_pretrained(where / "model")
+    (where / "document.txt").write_text(TEXT)
+    (where / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    ids = tokenizer(TEXT)["input_ids"]
+    about = {"template": "text", "documents": (document.describe(TEXT, len(ids)),)}
+    for name, part in (("small", ids[:30]), ("all", ids)):
+        live = Cartridge.of(name, document.read(model, part), model, tokenizer, method="whole", **about)
+        live.save(where / name)
+    return {name: where / name for name in ("model", "document.txt", "questions.jsonl", "small", "all")}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(suite, "TIMED", 1)
+    monkeypatch.setattr(suite, "REPEATS", 1)
+    monkeypatch.setattr(suite, "CONCURRENT", (1, 2))
+
+
+def test_every_context_is_measured(made, quick, tmp_path) -> None:
+    output = tmp_path / "out.json"
+    common = ["--corpus", made["document.txt"], "--prompts", made["questions.jsonl"], "--max-new-tokens", 4]
+    result = run(
+        made["model"], "--suite", "cartridge", "-a", made["small"], "-a", made["all"], *common, "--output", output
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(output.read_text())
+    contexts = found["contexts"]
+    assert list(contexts) == ["none", "full", "full, cached", "first 30 tokens", "small", "all"]
+    assert found["parity"] < 1e-5 and found["settings"]["document_tokens"] == 219
+    # the cartridge of everything keeps everything, the beginning is the beginning
+    said = {name: row["log_probability"] for name, row in contexts.items()}
+    assert said["all"] == pytest.approx(said["full, cached"], abs=1e-3) and said["full"] == said["full, cached"]
+    assert said["small"] == pytest.approx(said["first 30 tokens"], abs=1e-3)
+    assert contexts["small"]["kv_bytes"] * 219 == contexts["all"]["kv_bytes"] * 30
+    # each request in the prompt holds a copy of its own, the cartridge is held once
+    copies, shared = contexts["full"]["at_2"]["state_bytes"], contexts["all"]["at_2"]["state_bytes"]
+    assert copies > 2 * contexts["all"]["kv_bytes"] and shared < 1.5 * contexts["all"]["kv_bytes"]
+    assert "gain kept" in result.stdout and "first 30 tokens" in result.stdout
+
+
+def test_the_gain_is_told_as_a_share_of_the_whole_documents() -> None:
+    rows = {
+        name: {"log_probability": value} for name, value in (("none", -20.0), ("full, cached", -12.0), ("c", -14.0))
+    }
+    assert [suite._kept(rows, name) for name in ("none", "full, cached", "c")] == [0, 1, 0.75]
+    rows["full, cached"]["log_probability"] = -21.0  # a document that only confuses has no gain to keep
+    assert suite._kept(rows, "c") is None
+
+
+def test_log_probabilities_are_the_models_own(tiny) -> None:
+    """Brute force: each answer alone, document and all in one forward of transformers."""
+    model, _ = tiny.pair("llama")
+    draw = torch.Generator().manual_seed(0)
+    doc, *texts = (torch.randint(3, 67, (n,), generator=draw).tolist() for n in (15, 4, 2, 7, 3, 5, 1))
+    prompts, answers = texts[::2], texts[1::2]
+    found = log_probabilities(model, [document.read(model, doc)], prompts, answers)
+    for one, prompt, answer in zip(found, prompts, answers, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([doc + prompt + answer])).logits[0].log_softmax(-1)
+        start = len(doc) + len(prompt) - 1
+        assert one == pytest.approx(sum(float(logits[start + i, t]) for i, t in enumerate(answer)), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "match"),
+    [("--corpus", "needs --corpus"), ("--prompts", "needs --prompts"), ("-a", "name one or more with -a")],
+)
+def test_what_is_missing_is_said(made, leave_out, match) -> None:
+    given = {"--corpus": made["document.txt"], "--prompts": made["questions.jsonl"], "-a": made["small"]}
+    options = [part for name, value in given.items() if name != leave_out for part in (name, value)]
+    result = run(made["model"], "--suite", "cartridge", *options)
+    assert result.exit_code != 0 and match in result.stderr
+
+
+def test_another_document_and_questions_without_answers_are_refused(made, tmp_path) -> None:
+    other, bare = tmp_path / "other.txt", tmp_path / "bare.jsonl"
+    other.write_text("Something else.")
+    bare.write_text(json.dumps({"question": "Who?"}) + "\n")
+    base = [made["model"], "--suite", "cartridge", "-a", made["small"]]
+    result = run(*base, "--corpus", other, "--prompts", made["questions.jsonl"])
+    assert result.exit_code != 0 and "is none of the documents" in result.stderr
+    result = run(*base, "--corpus", made["document.txt"], "--prompts", bare)
+    assert result.exit_code != 0 and "needs an answer" in result.stderr
+    result = run(*base, "--corpus", made["document.txt"], "--prompts", bare, "--turns", 2)
+    assert result.exit_code != 0 and "does not use --turns" in result.stderr
