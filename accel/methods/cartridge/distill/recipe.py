@@ -62,7 +62,7 @@ class Recipe:
     question_tokens: int = 48
     answer_tokens: int = 96
     k: int = 32
-    rows: int = 16
+    rows: int = 32
     # see Training
     steps: int = 400
     batch_tokens: int = 2048

@@ -62,7 +62,7 @@ class Study:
     question_temperature: float = 0.6
     answer_temperature: float = 0.0
     k: int = 32
-    rows: int = 16
+    rows: int = 32
     seed: int = 0
 
     def __post_init__(self) -> None:
