@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -63,12 +65,18 @@ def _question_of(model, tokenizer, chunks, index):
     from accel.distill.teacher import Generation, answers
     from accel.models.softmax_target import SoftmaxTarget
 
-    told = self_study._seed_prompt(HOW.seed, index).format(passage=chunks.passage(index))
+    kind = self_study._kind(index)
+    if kind == self_study.COMPLETION:
+        beginning = chunks.beginning(index)
+        return None if beginning is None else f'Complete this sentence from the text: "{beginning}"'
+    begins = random.Random(f"{HOW.seed}/begins/{index}").choice(self_study.SEEDS[kind].begins)
+    told = self_study.SEEDS[kind].told.format(passage=chunks.passage(index))
     head = document_ids(tokenizer, chunks.text(index // 4), "text", "Read this. ")
-    prompt = head + query_ids(tokenizer, [{"role": "user", "content": told}], "text")
+    prompt = head + query_ids(tokenizer, [{"role": "user", "content": told}], "text") + tokenizer(begins)["input_ids"]
     way = Generation(HOW.question_tokens, HOW.question_temperature, HOW.seed, [0], k=1)
-    (lesson,) = answers(SoftmaxTarget(model), [(index, prompt)], way)
-    return self_study._clean(tokenizer, lesson.answer)
+    place = [i for i in range(12) if self_study._kind(i) != self_study.COMPLETION].index(index)
+    (lesson,) = answers(SoftmaxTarget(model), [(place, prompt)], way)
+    return begins + self_study._clean(tokenizer, lesson.answer)
 
 
 def test_a_killed_run_goes_on_to_the_same_conversations(model, bytewise, tmp_path, monkeypatch):
@@ -107,20 +115,37 @@ def test_other_choices_do_not_go_on_in_the_same_folder(model, bytewise, tmp_path
 
 
 def test_chunks_and_passages_come_from_everywhere_and_are_repeatable(bytewise):
-    how = Study(conversations=400, shortest_chunk=20, longest_chunk=40, per_chunk=4)
-    text = "".join(f"[{i:03}]" for i in range(100))
-    chunks = Chunks(bytewise, Corpus("x", text, "text", ""), how)
+    how = Study(conversations=400, shortest_chunk=60, longest_chunk=90, per_chunk=4)
+    text = " ".join(f"Fact {i:03} is that it is so." for i in range(50))
+    corpus = Corpus("x", text, "text", "")
+    chunks = Chunks(bytewise, corpus, how)
     pieces = [chunks.text(number) for number in range(100)]
-    assert pieces == [Chunks(bytewise, Corpus("x", text, "text", ""), how).text(n) for n in range(100)]
-    assert all(20 <= len(piece) <= 40 and piece in text for piece in pieces)
+    assert pieces == [Chunks(bytewise, corpus, how).text(n) for n in range(100)]
+    assert all(60 <= len(piece) <= 90 and piece in text for piece in pieces)
     covered = set().union(*({*range(text.index(p), text.index(p) + len(p))} for p in pieces))
     assert len(covered) > 0.95 * len(text)
-    assert all(chunks.passage(i) in chunks.text(i // 4) for i in range(40))
-    assert len({chunks.passage(i) for i in range(40)}) > 30
+    passages = [chunks.passage(i) for i in range(80)]
+    assert all(
+        each in chunks.text(i // 4) and each.startswith("Fact") and each.endswith(".")
+        for i, each in enumerate(passages)
+    )
+    assert len(set(passages)) > 30
+    beginnings = [chunks.beginning(i) for i in range(80)]
+    assert all(each and 4 <= len(each.split()) <= 5 and f"{each} " in text for each in beginnings)
+    short = Chunks(bytewise, Corpus("x", "Too short. And so. Is this.", "text", ""), how)
+    assert short.beginning(0) is None and short.passage(0)
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [(" is it? And more", " is it?"), (' is it"', " is it"), (" a\nb?", " a"), ("", "")],
+)
+def test_a_question_ends_where_it_is_asked(bytewise, said, kept):
+    assert self_study._clean(bytewise, torch.tensor(bytewise(said)["input_ids"], dtype=torch.int64)) == kept
 
 
 def test_all_five_kinds_are_asked():
-    assert set(self_study._KINDS) == set(self_study.SEEDS) and len(self_study.SEEDS) == 5
+    assert set(self_study._KINDS) == {*self_study.SEEDS, self_study.COMPLETION} and len(self_study.SEEDS) == 5
 
 
 def test_long_lessons_are_cut_and_those_without_room_left_out(model, bytewise, tmp_path):

@@ -7,11 +7,12 @@ what is learned from them. A conversation depends on the document, the seed and 
 from __future__ import annotations
 
 import random
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -21,27 +22,52 @@ from accel.distill.lessons import Progress, complete, predicted_bytes
 from accel.distill.teacher import Generation, Lesson, answers
 from accel.errors import OptionError
 from accel.methods.cartridge import document
-from accel.methods.cartridge.template import document_ids, query_ids
+from accel.methods.cartridge.template import document_ids, query_ids, text_ids
 from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
 
-# What the asking side is told, by kind (the paper's five). {passage} is a few words of the chunk: a small model asks
-# about what it was just shown, and without it about the chunk's first lines again and again.
-SEEDS: Mapping[str, tuple[str, ...]] = {
-    "question": (
-        'Write one short question about this part of the text: "{passage}"\nReply with the question only.',
-        'Ask for one fact that is stated here: "{passage}"\nReply with the question only.',
+
+class Seed(NamedTuple):
+    """What the asking side is told, and how its message begins: a small model asks where its first word asks."""
+
+    told: str
+    begins: tuple[str, ...]
+
+
+# The paper's five kinds. {passage} is a sentence or two of the chunk: without it a small model asks about the chunk's
+# first lines again and again.
+SEEDS: Mapping[str, Seed] = {
+    "question": Seed(
+        'Write one short question that this sentence answers: "{passage}"',
+        ("What", "Who", "When", "Where", "Which", "How many", "How", "Why", "In which", "What is the name of"),
     ),
-    "structuring": (
-        'Write one instruction that asks to put the following part into a list: "{passage}"\nReply with it only.',
+    "structuring": Seed(
+        'Write one instruction that asks to list the facts of this part: "{passage}"',
+        ("List", "Make a list of", "Name"),
     ),
-    "summarization": ('Write one instruction that asks to sum up this part: "{passage}"\nReply with it only.',),
-    "use_case": ('Write one question that a reader with a task would ask about: "{passage}"\nReply with it only.',),
-    "creative": ('Write one unusual question about this part of the text: "{passage}"\nReply with it only.',),
+    "summarization": Seed(
+        'Write one instruction that asks to sum up this part: "{passage}"', ("Summarize", "Describe briefly", "Sum up")
+    ),
+    "use_case": Seed(
+        'A reader has a task for which this matters: "{passage}" Write the question of the reader.',
+        ("What should I", "How can I", "Can I", "What do I need to"),
+    ),
+    "creative": Seed(
+        'Write one unusual question about this part: "{passage}"', ("What would", "Imagine", "What if", "Why")
+    ),
 }
+# Asked without a model: the beginning of a sentence, to be completed from the text. It reaches every fact of a document
+# whoever asks, which a small model does not.
+COMPLETION = "completion"
+_COMPLETE = 'Complete this sentence from the text: "{beginning}"'
 # of ten conversations: facts are asked for more often than anything else
-_KINDS = ("question",) * 6 + ("structuring", "summarization", "use_case", "creative")
-_PASSAGE = (12, 40)
+_KINDS: tuple[str, ...] = (
+    *("question", COMPLETION, "question", "structuring", COMPLETION),
+    *("question", "summarization", COMPLETION, "use_case", "creative"),
+)
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+# words of a sentence to be completed: enough to know which one, at least two left to say
+_FEWEST_WORDS = 4
 # pieces of context that are kept for conversations still running
 _HELD = 4
 
@@ -110,13 +136,26 @@ class Chunks:
         start = chance.randint(0, len(self._ids) - size)
         return self._decode(self._ids[start : start + size])
 
+    def sentences(self, index: int) -> list[str]:
+        """Those of the chunk that conversation ``index`` is about; its cut ends are left out where more is there."""
+        found = [each.strip() for each in _SENTENCE.split(self.text(self.number(index))) if each.strip()]
+        return found[1:-1] if len(found) > 2 else found
+
     def passage(self, index: int) -> str:
-        """A few words of the chunk that conversation ``index`` is about."""
+        """A sentence or two of the chunk that conversation ``index`` is about."""
         chance = random.Random(f"{self._study.seed}/passage/{index}")
-        ids = self._tokenizer(self.text(self.number(index)), add_special_tokens=False)["input_ids"]
-        size = min(chance.randint(*_PASSAGE), len(ids))
-        start = chance.randint(0, len(ids) - size)
-        return self._decode(ids[start : start + size]).strip()
+        found = self.sentences(index)
+        start = chance.randrange(len(found))
+        return " ".join(found[start : start + chance.randint(1, 2)])
+
+    def beginning(self, index: int) -> str | None:
+        """The first words of a sentence of the chunk; None where all are too short to be completed."""
+        chance = random.Random(f"{self._study.seed}/beginning/{index}")
+        long = [words for each in self.sentences(index) if len(words := each.split()) >= _FEWEST_WORDS + 2]
+        if not long:
+            return None
+        words = chance.choice(long)
+        return " ".join(words[: chance.randint(_FEWEST_WORDS, len(words) - 2)])
 
     def number(self, index: int) -> int:
         return index // self._study.per_chunk
@@ -173,15 +212,31 @@ def study(
     def prompt(content: str) -> list[int]:
         return query_ids(tokenizer, [{"role": "user", "content": content}], corpus.template)
 
+    def begun(index: int) -> str:
+        return random.Random(f"{how.seed}/begins/{index}").choice(SEEDS[_kind(index)].begins)
+
+    def asking(index: int) -> list[int]:
+        told = SEEDS[_kind(index)].told.format(passage=chunks.passage(index))
+        return [*prompt(told), *text_ids(tokenizer, begun(index))]
+
+    by_model = [index for index in range(how.conversations) if _kind(index) != COMPLETION]
+
     def ask(left: Sequence[int]) -> Any:
-        told = ((i, prompt(_seed_prompt(how.seed, i).format(passage=chunks.passage(i)))) for i in left)
         way = Generation(how.question_tokens, how.question_temperature, how.seed, stop_tokens, k=1, rows=how.rows)
-        return answers(SoftmaxTarget(model), told, way, contexts)
+        told = ((place, asking(by_model[place])) for place in left)
+        return answers(SoftmaxTarget(model), told, way, lambda place: contexts(by_model[place]))
 
     cache = LessonCache.open(work / "questions", facts | {"stage": "questions"}, max_bytes)
-    asked = complete(cache, how.conversations, ask, lambda message: progress(f"questions: {message}"))
-    questions = {each.index: _clean(tokenizer, each.answer) for each in asked}
-    kept = [index for index in sorted(questions) if questions[index]]
+    asked = complete(cache, len(by_model), ask, lambda message: progress(f"questions: {message}"))
+    questions = {
+        by_model[each.index]: begun(by_model[each.index]) + _clean(tokenizer, each.answer)
+        for each in asked
+        if len(each.answer)
+    }
+    for index in range(how.conversations):
+        if _kind(index) == COMPLETION and (beginning := chunks.beginning(index)) is not None:
+            questions[index] = _COMPLETE.format(beginning=beginning)
+    kept = sorted(questions)
     if not kept:
         raise OptionError(f"{corpus.name}: the model asked nothing; is it an instruct model?")
 
@@ -194,19 +249,19 @@ def study(
     return complete(cache, len(kept), answer, lambda message: progress(f"answers: {message}"))
 
 
-def _seed_prompt(seed: int, index: int) -> str:
-    chance = random.Random(f"{seed}/seed/{index}")
-    return chance.choice(SEEDS[_KINDS[index % len(_KINDS)]])
+def _kind(index: int) -> str:
+    return _KINDS[index % len(_KINDS)]
 
 
 def _clean(tokenizer: Any, tokens: torch.Tensor) -> str:
-    """A question as text: one line, without the quotes that models like to put around it."""
+    """The rest of a question as text: its first line, up to the question mark."""
     text: str = tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
-    return text.strip().split("\n")[0].strip().strip('"').strip()
+    line = text.split("\n")[0].rstrip().rstrip('"')
+    return line[: line.index("?") + 1] if "?" in line else line
 
 
 def _digest_of_seeds() -> str:
-    return document.describe(repr((SEEDS, _KINDS, _PASSAGE)), 0).sha256
+    return document.describe(repr((SEEDS, _COMPLETE, _KINDS)), 0).sha256
 
 
 def cut(lessons: Sequence[Lesson], longest: int) -> list[Lesson]:
