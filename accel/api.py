@@ -207,8 +207,8 @@ class Model:
 
     def _template(self, settings: Mapping[str, Any]) -> str | None:
         """How the cartridges of a call with these settings were made to be followed; None where it has none."""
-        attached: Attached = self.model.__dict__[STATE]
-        return attached.cartridges.template(settings.get("cartridges"))
+        attached: Attached | None = self.model.__dict__.get(STATE)
+        return None if attached is None else attached.cartridges.template(settings.get("cartridges"))
 
     def _batch_of_one(self, ids: Sequence[int]) -> dict[str, Tensor]:
         input_ids = torch.tensor([list(ids)], device=self.model.device)

@@ -230,3 +230,44 @@ def test_what_cannot_read_a_cartridge_is_refused_and_never_decoded_without(tiny)
     half = tiny.build("llama").to(torch.bfloat16)
     with pytest.raises(IncompatibleError, match=r"bfloat16 on cpu, the model torch\.float32"):
         accel.generate(model, query, cartridges=[whole(half, text(11, 1))])
+
+
+def test_a_bias_of_slots_is_added_to_their_scores(tiny):
+    """Brute force: transformers' own cache with an additive mask of its own for every head."""
+    from dataclasses import replace
+
+    from transformers import DynamicCache
+
+    from accel.errors import ModelError
+
+    model, _ = tiny.pair("llama")
+    doc, query = text(9, 1), text(4, 2)
+    draw = torch.Generator().manual_seed(0)
+    bias = tuple(torch.randn(2, 9, generator=draw) for _ in range(2))
+    bias[0][:, 3] = -torch.inf
+    segment = replace(document.read(model, doc), bias=bias)
+    target = SoftmaxTarget(model)
+    logits = target.forward(torch.tensor([query]), [target.open([segment])])
+    expected = []
+    for layer in range(2):  # one mask serves all layers of a model: a model of each layer's own mask is out of reach
+        same = replace(segment, bias=(bias[layer], bias[layer]))
+        ours = target.forward(torch.tensor([query]), [target.open([same])])
+        cache = DynamicCache()
+        for place in range(2):
+            cache.update(segment.keys[place][None], segment.values[place][None], place)
+        mask = torch.full((4, 13), -torch.inf).triu(10)[None, None].repeat(1, 4, 1, 1)
+        mask[..., :9] += bias[layer].repeat_interleave(2, dim=0)[None, :, None]
+        with torch.no_grad():
+            theirs = model(
+                torch.tensor([query]),
+                past_key_values=cache,
+                attention_mask=mask,
+                position_ids=torch.arange(9, 13)[None],
+            ).logits
+        assert rms_ratio(ours, theirs) <= TOLERANCE
+        expected.append(theirs)
+    assert rms_ratio(logits, expected[0]) > 1e-2 and rms_ratio(logits, expected[1]) > 1e-2
+    falcon, _ = tiny.pair("falcon")
+    own = document.read(falcon, doc)
+    with pytest.raises(ModelError, match="knows no bias of slots"):
+        SoftmaxTarget(falcon).open([replace(own, bias=tuple(torch.zeros(2, 9) for _ in own.keys))])
