@@ -56,7 +56,8 @@ def _tile(
         # cap · tanh(x), where the scale has made s = 2 x · log2(e)
         s = cap * (1.0 - 2.0 / (1.0 + tl.exp2(s)))
     if HAS_BIAS:
-        s += (tl.load(p_bias + (start + o_n), mask=start + o_n < end, other=0.0) * LOG2E)[None, :]
+        bias = tl.load(p_bias + start + o_n, mask=start + o_n < end, other=0.0)
+        s += (bias * LOG2E)[None, :]
     if MASKED:
         key = (start + o_n)[None, :]
         visible = (key >= first[:, None]) & (key <= last[:, None]) & (key < end)
@@ -204,10 +205,11 @@ class Tiles:
     num_stages: int
 
 
-def tiles(dtype: torch.dtype, D: int, queries: int) -> Tiles:
+def tiles(dtype: torch.dtype, D: int, queries: int, biased: bool = False) -> Tiles:
     """The configuration for head size ``D`` (the larger of keys' and values') and so many queries on one key set.
 
     A few queries wait for memory, and the mask is free: one loop, so that no tile of keys is read unprefetched.
+    With a bias, a thread also holds its number for each of the keys: at many queries, those of 64 would spill (gfx942).
     """
     b_D = max(64, triton.next_power_of_2(D))
     if dtype == torch.float32:
@@ -217,7 +219,8 @@ def tiles(dtype: torch.dtype, D: int, queries: int) -> Tiles:
         return Tiles(16, 8192 // b_D, b_D, False, 4, 3)
     if b_D == 256:
         return Tiles(64, 32, b_D, True, 8, 2)
-    return Tiles(64, 64, b_D, True, 4, 2) if queries <= 64 else Tiles(128, 64, b_D, True, 8, 2)
+    b_N = 32 if biased else 64
+    return Tiles(64, b_N, b_D, True, 4, 2) if queries <= 64 else Tiles(128, b_N, b_D, True, 8, 2)
 
 
 @lru_cache(1024)
@@ -275,19 +278,21 @@ def _schedule(
 ) -> Schedule:
     """Sizes and rows are known on the host: nothing is asked of the device, one copy goes to it."""
     R, queries_of_row = len(plan.starts), plan.n * (H // Hkv)
-    # (rows, position of the first query from key 0, key sets, length)
-    key_sets: list[tuple[Sequence[int], Sequence[int], int, int]] = [(range(R), plan.starts, R, plan.tail_length)]
+    # (rows, position of the first query from key 0, key sets, length, whether it has a bias)
+    key_sets: list[tuple[Sequence[int], Sequence[int], int, int, bool]] = [
+        (range(R), plan.starts, R, plan.tail_length, False)
+    ]
     for s in segments:
         distance = tuple(plan.first_query_positions[r] - s.first_position for r in s.rows)
-        key_sets.append((s.rows, distance, 1, s.keys.shape[1]))
+        key_sets.append((s.rows, distance, 1, s.keys.shape[1], s.bias is not None))
     numbers: list[int] = []
     places: list[list[tuple[int, int]]] = [[] for _ in range(R)]
     made: list[Launch] = []
     tables: list[slice] = []
     n_queries = 0
-    for index, (readers, distances, sets, length) in enumerate(key_sets):
+    for index, (readers, distances, sets, length, biased) in enumerate(key_sets):
         entries = len(readers) // sets
-        t = tiles(dtype, D, entries * queries_of_row)
+        t = tiles(dtype, D, entries * queries_of_row, biased)
         n_tiles = triton.cdiv(entries * queries_of_row, t.b_M)
         span = length
         if plan.window is not None and index == 0:
@@ -339,7 +344,7 @@ def prefix_attention(
     segments = [s for s in segments if s.rows and s.keys.shape[1]]
     if plan.causal and not segments and softcap is None and _sdpa_is_flash(query, keys, values):
         return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=Hkv != H)
-    sizes = tuple((s.rows, s.first_position, s.keys.shape[1]) for s in segments)
+    sizes = tuple((s.rows, s.first_position, s.keys.shape[1], s.bias is not None) for s in segments)
     of = (dtype, D, Dv, H, Hkv, sizes, keys_per_split)
     if of not in plan.derived:
         plan.derived[of] = _schedule(plan, dtype, max(D, Dv), H, Hkv, segments, keys_per_split)
@@ -408,16 +413,18 @@ def builds() -> Iterator[Build]:
     for dtype, name in names.items():
         types = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{name}") | dict.fromkeys(integers, "i32")
         types |= {"p_part": "*fp32", "p_lse": "*fp32", "p_table": "*i32", "scale": "fp32", "cap": "fp32"}
-        for t in dict.fromkeys(tiles(dtype, D, queries) for D in (64, 128, 256) for queries in (16, 64, 128)):
-            for bias, softcap in product((False, True), repeat=2):
+        for biased in (False, True):
+            sizes = product((64, 128, 256), (16, 64, 128))
+            chosen = dict.fromkeys(tiles(dtype, D, queries, biased) for D, queries in sizes)
+            for t, softcap in product(chosen, (False, True)):
                 constants = {
-                    "SOFTCAP": softcap, "HAS_BIAS": bias, "TWO_LOOPS": t.two_loops,
+                    "SOFTCAP": softcap, "HAS_BIAS": biased, "TWO_LOOPS": t.two_loops,
                     "b_M": t.b_M, "b_N": t.b_N, "b_D": t.b_D,
                 }  # fmt: skip
                 yield Build(
                     "prefix_attention", _attend,
-                    f"{name}, {t.b_M} queries, D {t.b_D}{', softcap' * softcap}{', bias' * bias}",
-                    types | ({"p_bias": "*fp32"} if bias else {}), constants | ({} if bias else {"p_bias": None}),
+                    f"{name}, {t.b_M} queries, D {t.b_D}{', softcap' * softcap}{', bias' * biased}",
+                    types | ({"p_bias": "*fp32"} if biased else {}), constants | ({} if biased else {"p_bias": None}),
                     divisible=divisible, num_warps=t.num_warps, num_stages=t.num_stages,
                 )  # fmt: skip
         types = {

@@ -39,7 +39,7 @@ retiled = a_copy()
 def tiled(module, b_M, b_N, two_loops=True):
     chosen = module.tiles
 
-    def tiles(dtype, D, queries):
+    def tiles(dtype, D, queries, biased=False):
         return module.Tiles(b_M, b_N, chosen(dtype, D, queries).b_D, two_loops, 8, 2)
 
     module.tiles = tiles
@@ -212,11 +212,11 @@ def test_the_tiles_that_fp32_runs_with():
 
 
 @pytest.mark.parametrize("queries", [16, 64, 128])
-@pytest.mark.parametrize("D", [64, 96])
-def test_the_tiles_that_half_precision_runs_with(queries, D):
-    t = kernels.tiles(torch.bfloat16, D, queries)
+@pytest.mark.parametrize(("D", "biased"), [(64, ()), (96, ()), (64, (0,))])
+def test_the_tiles_that_half_precision_runs_with(queries, D, biased):
+    t = kernels.tiles(torch.bfloat16, D, queries, bool(biased))
     with tiled(retiled, t.b_M, t.b_N, t.two_loops):
-        check(retiled, [0, 200], queries // 4 - 1, 4, 1, D, segments=((70, (0, 1)),), window=150)
+        check(retiled, [0, 200], queries // 4 - 1, 4, 1, D, segments=((70, (0, 1)),), biased=biased, window=150)
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -257,6 +257,9 @@ def test_the_step_is_scheduled_once_and_no_mask_is_made():
         kernels.prefix_attention(query, keys, values, made, shared, scale=0.125)
     assert len(made.derived) == 1
     assert "mask" not in vars(made)
+    # with a bias, tiles may be other ones
+    kernels.prefix_attention(query, keys, values, made, [replace(shared[0], bias=random(1, 9))], scale=0.125)
+    assert len(made.derived) == 2
 
 
 def test_the_public_function_takes_the_kernels_where_they_run_and_can(monkeypatch):
@@ -300,9 +303,10 @@ def test_nothing_but_listed_configurations_is_launched():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for D in (1, 8, 64, 80, 96, 128, 192, 256):
             for queries in (1, 16, 17, 64, 65, 10_000):
-                t = kernels.tiles(dtype, D, queries)
-                for flags in product((False, True), repeat=2):
-                    assert (t.b_M, t.b_N, t.b_D, t.two_loops, *flags, t.num_warps, t.num_stages) in listed
+                for softcap, biased in product((False, True), repeat=2):
+                    t = kernels.tiles(dtype, D, queries, biased)
+                    sizes = t.b_M, t.b_N, t.b_D, t.two_loops
+                    assert (*sizes, softcap, biased, t.num_warps, t.num_stages) in listed
 
 
 @pytest.mark.gpu
@@ -351,8 +355,8 @@ MUTATIONS = [
     ("_attend", "cap · tanh off", "cap * (1.0 - 2.0 /", "cap * (1.0 - 1.0 /",
      lambda m: check(m, [20], 1, 1, 1, 64, softcap=2.0)),
     ("_attend", "another head's bias", "p_bias += i_h.to(tl.int64) * length", "p_bias += 0 * length", check_bias),
-    ("_attend", "the first tile's bias", "p_bias + (start + o_n)", "p_bias + o_n", check_bias),
-    ("_attend", "bias in powers of e", "other=0.0) * LOG2E)", "other=0.0))", check_bias),
+    ("_attend", "the first tile's bias", "p_bias + start + o_n", "p_bias + o_n", check_bias),
+    ("_attend", "bias in powers of e", "bias * LOG2E", "bias", check_bias),
     ("_merge", "last part left out", "(i_p + o_p)[None, :] < count", "(i_p + o_p)[None, :] < -1 + count", check_parts),
     ("_merge", "wrong normaliser", "tl.where(total > 0.0, total, 1.0)", "tl.where(total > 0.0, 1.0, 1.0)", check_parts),
     ("_merge", "wrong row stride", "row[:, None] * n_parts", "row[:, None] * (n_parts - 1)", check_parts),

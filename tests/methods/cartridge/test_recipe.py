@@ -151,13 +151,15 @@ def test_a_plan_writes_nothing(folder: Path, corpus: Path, tmp_path: Path) -> No
         (["--tokens", "9", "--method", "magic"], "unknown method 'magic'"),
         (["--tokens", "9", "--method", "whole"], "keeps every token"),
         (["--tokens", "9", "--max-disk", "1kb"], "max_bytes=1000"),
+        (["--tokens", "9", "--longest-chunk", "500"], "longest_chunk=500: with question and answer up to 636"),
         (["--tokens", "9", "--template", "system"], "no chat template: use template text"),
     ],
 )
 def test_bad_choices_are_refused_in_one_line(
     folder: Path, corpus: Path, tmp_path: Path, arguments: list[str], match: str
 ) -> None:
-    given = ["--corpus", corpus, "--output", tmp_path / "x", "--template", "text", *arguments]
+    fitting = ["--template", "text", "--longest-chunk", 256, "--question-tokens", 8]
+    given = ["--corpus", corpus, "--output", tmp_path / "x", *fitting, *arguments]
     result = run("distill", "cartridge", folder, *given)
     assert result.exit_code != 0 and match in result.stderr and len(result.stderr.strip().splitlines()) == 1
 

@@ -29,6 +29,7 @@ from accel.methods.cartridge.distill.slots import STARTS, Slots, begin, inputs
 from accel.methods.cartridge.distill.train import Training, train
 from accel.methods.cartridge.template import document_ids, query_ids
 from accel.models.row_cache import Segment
+from accel.models.softmax_target import SoftmaxTarget
 
 Progress = Callable[[str], None]
 
@@ -167,9 +168,17 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
             raise OptionError(f"tokens={count}: {corpus.name} has only {len(each)} with its template; ask for fewer")
         if recipe.method != "whole" and count <= recipe.sink_tokens:
             raise OptionError(f"{corpus.name}: {count} slots and sink_tokens={recipe.sink_tokens} leave none to fit")
+    learns = recipe.method == "self-study"
+    limit = SoftmaxTarget(model).max_positions
+    # the piece and what stands around it, the question, the answer
+    longest = recipe.longest_chunk + 5 * recipe.question_tokens + recipe.answer_tokens
+    if learns and limit is not None and longest > limit:
+        raise OptionError(
+            f"longest_chunk={recipe.longest_chunk}: with question and answer up to {longest} positions, the model has "
+            f"{limit}; take shorter pieces"
+        )
     geometry = Geometry.of(model.config)
     numbers = sum(2 * geometry.layers * geometry.kv_heads * geometry.head_dim * each for each in slots)
-    learns = recipe.method == "self-study"
     lessons = recipe.study.predicted_bytes() * len(corpora) if learns else 0
     # weights and two moments in fp32
     checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
