@@ -262,6 +262,14 @@ def test_the_step_is_scheduled_once_and_no_mask_is_made():
     assert len(made.derived) == 2
 
 
+def test_a_segment_with_a_bias_has_the_tiles_that_are_compiled_for_it():
+    made, shared = step([0, 40], 10, 4, 1, 64, segments=((9, (0, 1)), (9, (0, 1))), biased=(1,))[3:]
+    launches = kernels._schedule(made, torch.bfloat16, 64, 4, 1, shared, None).launches
+    expected = [(40, False), (80, False), (80, True)]
+    assert [launch.tiles for launch in launches] == [kernels.tiles(torch.bfloat16, 64, *of) for of in expected]
+    assert launches[1].tiles != launches[2].tiles
+
+
 def test_the_public_function_takes_the_kernels_where_they_run_and_can(monkeypatch):
     query, keys, values, made, shared = step([0, 40], 2, 2, 1, 64, segments=((9, (0, 1)),), biased=(0,))
     monkeypatch.setattr(family, "runs_triton", lambda x: True)
