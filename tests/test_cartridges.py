@@ -172,7 +172,11 @@ def test_a_draft_may_have_a_cartridge_of_its_own(tiny):
     draft = tiny.build("llama", num_hidden_layers=3, seed=5)  # another config than the target's
     doc, query = text(40, 1), torch.tensor([text(6, 2)])
     mine, drafts_own = whole(model, doc), whole(draft, doc)
-    drafter = accel.generate(model, query, artifacts=[draft, mine, drafts_own], draft_length=3, max_new_tokens=NEW)
+    accel.attach(model, draft, mine, drafts_own, draft_length=3)
+    with model.__dict__["_accel_attached"].cartridges.use(None, 1) as (seat,):
+        assert seat.segments == (mine.segment,) and seat.draft_segments == (drafts_own.segment,)
+    drafter = model.generate(query, max_new_tokens=NEW)
+    accel.detach(model)
     plain = accel.generate(model, query, artifacts=[mine], method="plain", max_new_tokens=NEW)
     assert torch.equal(drafter, plain)
     # the draft as its own target, so that what it guesses behind its cartridge can be known

@@ -141,9 +141,14 @@ class Cartridges:
 
     def _seat(self, cartridges: list[Cartridge], held: ExitStack) -> Seat:
         everything = held.enter_context(self.draft_store.use(self.draft_store.names()))
-        pairs = {each.parameters.documents: each for each in everything if each.parameters.documents}
-        mine = [pairs[each.parameters.documents] for each in cartridges if each.parameters.documents in pairs]
+        pairs = {of: each for each in everything if (of := _documents(each))}
+        mine = [pairs[of] for each in cartridges if (of := _documents(each)) in pairs]
         return Seat(tuple(cartridges), tuple(mine))
+
+
+def _documents(cartridge: Cartridge) -> tuple[str, ...]:
+    """What it stands in for, whatever the template and the tokenizer make of it."""
+    return tuple(each.sha256 for each in cartridge.parameters.documents)
 
 
 def notes(seats: Sequence[Seat]) -> list[str]:

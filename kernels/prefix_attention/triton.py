@@ -209,16 +209,17 @@ def tiles(dtype: torch.dtype, D: int, queries: int, biased: bool = False) -> Til
     """The configuration for head size ``D`` (the larger of keys' and values') and so many queries on one key set.
 
     A few queries wait for memory, and the mask is free: one loop, so that no tile of keys is read unprefetched.
-    With a bias, a thread also holds its number for each of the keys: at many queries, those of 64 would spill (gfx942).
+    With a bias, a thread also holds its number for each of the keys: with as many keys and queries a tile it would spill
+    (gfx942; fp32 on sm_80).
     """
     b_D = max(64, triton.next_power_of_2(D))
     if dtype == torch.float32:
         # no tensor cores
-        return Tiles(32 if b_D == 64 else 16, 16 if b_D == 256 else 32, b_D, True, 8, 2)
+        return Tiles(16 if biased or b_D > 64 else 32, 16 if b_D == 256 else 32, b_D, True, 8, 2)
     if queries <= 16:
         return Tiles(16, 8192 // b_D, b_D, False, 4, 3)
     if b_D == 256:
-        return Tiles(64, 32, b_D, True, 8, 2)
+        return Tiles(64, 16 if biased else 32, b_D, True, 8, 2)
     b_N = 32 if biased else 64
     return Tiles(64, b_N, b_D, True, 4, 2) if queries <= 64 else Tiles(128, b_N, b_D, True, 8, 2)
 
