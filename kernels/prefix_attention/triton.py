@@ -209,8 +209,8 @@ def tiles(dtype: torch.dtype, D: int, queries: int, biased: bool = False) -> Til
     """The configuration for head size ``D`` (the larger of keys' and values') and so many queries on one key set.
 
     A few queries wait for memory, and the mask is free: one loop, so that no tile of keys is read unprefetched.
-    With a bias, a thread also holds its number for each of the keys: with as many keys and queries a tile it would spill
-    (gfx942; fp32 on sm_80).
+    With a bias, a thread also holds its number for each of the keys: with as many keys and queries a tile it would
+    spill (gfx942; fp32 on sm_80).
     """
     b_D = max(64, triton.next_power_of_2(D))
     if dtype == torch.float32:
