@@ -3,6 +3,9 @@
 Questions with known answers are asked without the document, with all of it in the prompt, with as much of its beginning
 as a cartridge has slots, and behind each cartridge. Quality is the answers' log-probability and whether greedy decoding
 says them; cost is bytes of keys and values, time to the first token, and decoding at several requests at once.
+
+Several documents stand in the prompt one behind the other, and cartridges beside each other are one context more; the
+questions of each category are told apart, so that one sees whether every document is still answered.
 """
 
 from __future__ import annotations
@@ -32,6 +35,8 @@ from accel.methods.cartridge.template import document_ids, query_ids
 Told = Callable[[str], None]
 
 NONE, FULL, CACHED = "none", "full", "full, cached"
+# between the names of cartridges that stand in front of the same questions
+BESIDE = "+"
 # questions whose first token is timed, and requests that decode at once
 TIMED = 5
 CONCURRENT = (1, 4, 16)
@@ -40,11 +45,14 @@ REPEATS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """``corpus``: the document's file; ``questions``: JSON lines with question and answer."""
+    """``corpora``: the documents' files; ``questions``: JSON lines with question, answer and perhaps category.
+
+    Each of ``artifacts`` is a cartridge, or several with ``BESIDE`` between them that stand together in that order.
+    """
 
     model: str
     artifacts: tuple[str, ...]
-    corpus: Path
+    corpora: tuple[Path, ...]
     questions: Path
     limit: int | None = None
     max_new_tokens: int = 24
@@ -56,6 +64,10 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.artifacts:
             raise OptionError("suite 'cartridge' compares cartridges: name one or more with -a")
+        if any(not name for each in self.artifacts for name in _members(each)):
+            raise OptionError(f"-a {', '.join(self.artifacts)}: A{BESIDE}B names two cartridges that stand together")
+        if not self.corpora:
+            raise OptionError("suite 'cartridge' needs the documents that the cartridges stand in for")
         if self.max_new_tokens < 2:
             raise OptionError(f"max_new_tokens={self.max_new_tokens}: must be 2 or more")
 
@@ -77,32 +89,35 @@ class Context:
 def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     """Measure as ``plan`` says and return the document, which is also written to ``plan.output``."""
     prompts = _questions(plan)
-    try:
-        text = plan.corpus.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the document {plan.corpus}: {error}") from error
-    opened = [open_artifact(resolve(each)) for each in plan.artifacts]
+    texts = [_read(path) for path in plan.corpora]
+    names = list(dict.fromkeys(name for each in plan.artifacts for name in _members(each)))
+    opened = {name: open_artifact(resolve(name)) for name in names}
     told("loading the model …")
     loaded = accel.load(plan.model, device=plan.device, dtype=plan.dtype, method="plain")
     model = loaded.model
     tokenizer: Any = loaded.tokenizer
     if tokenizer is None:
         raise OptionError(f"{plan.model} brings no tokenizer: documents cannot be read without one")
-    cartridges = [Cartridge.load(each, model, tokenizer) for each in opened]
-    digests = {each.sha256 for cartridge in cartridges for each in cartridge.parameters.documents}
-    if document.describe(text, 0).sha256 not in digests:
-        raise OptionError(f"{plan.corpus} is none of the documents that the cartridges were made of")
-    first = cartridges[0].parameters
-    told("reading the whole document …")
+    cartridges = {name: Cartridge.load(each, model, tokenizer) for name, each in opened.items()}
+    _check_documents(plan, texts, list(cartridges.values()))
+    first = cartridges[names[0]].parameters
+    text = "\n\n".join(texts)
+    told("reading all of it …")
     full_ids = document_ids(tokenizer, text, first.template, first.instruction)
     whole = document.whole(CACHED, model, tokenizer, text, template=first.template, instruction=first.instruction)
+    behind = [
+        Context(BESIDE.join(each.name for each in some), some)
+        for some in (tuple(cartridges[name] for name in _members(each)) for each in plan.artifacts)
+    ]
     contexts = [
         Context(NONE),
         Context(FULL, head=tuple(full_ids)),
         Context(CACHED, (whole,)),
-        *_truncated(model, tokenizer, text, cartridges),
-        *(Context(each.name, (each,)) for each in cartridges),
+        *_truncated(model, tokenizer, text, behind),
+        *behind,
     ]
+    if len({context.name for context in contexts}) < len(contexts):
+        raise OptionError(f"-a {', '.join(plan.artifacts)}: two of these have the same name; compare them one by one")
     asked = [query_ids(tokenizer, [{"role": "user", "content": p.turns[0]}], first.template) for p in prompts]
     answers = [tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
     told("proving the path …")
@@ -117,6 +132,7 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     rows[FULL] = dict(rows[CACHED])  # the same logits, as was just proved; each request holds its own copy
     for name, row in rows.items():
         row["gain_kept"] = _kept(rows, name)
+        row["categories"] = _by_category(rows, name, prompts)
     told("time to the first token …")
     for name, times in _first_tokens(model, contexts, asked).items():
         rows[name] |= times
@@ -134,6 +150,7 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
             "artifacts": list(plan.artifacts),
             "questions": len(prompts),
             "questions_sha256": digest(prompts),
+            "documents": [str(each) for each in plan.corpora],
             "document_tokens": len(full_ids),
             "max_new_tokens": plan.max_new_tokens,
             "dtype": str(model.dtype).removeprefix("torch."),
@@ -154,12 +171,37 @@ def _questions(plan: Plan) -> list[Prompt]:
     return prompts
 
 
-def _truncated(model: Any, tokenizer: Any, text: str, cartridges: Sequence[Cartridge]) -> list[Context]:
-    """The document's beginning in as many tokens as each size of cartridge has slots."""
+def _members(given: str) -> list[str]:
+    """The cartridges of one -a; a folder may have the sign in its own name."""
+    return [given] if Path(given).exists() else given.split(BESIDE)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the document {path}: {error}") from error
+
+
+def _check_documents(plan: Plan, texts: Sequence[str], cartridges: Sequence[Cartridge]) -> None:
+    """Every document has a cartridge, every cartridge a document, and all stand in the prompt in the same way."""
+    given = {document.describe(text, 0).sha256: path for text, path in zip(texts, plan.corpora, strict=True)}
+    made_of = {each.sha256 for cartridge in cartridges for each in cartridge.parameters.documents}
+    if lacking := [str(path) for digest, path in given.items() if digest not in made_of]:
+        raise OptionError(f"{', '.join(lacking)}: none of the documents that the cartridges were made of")
+    for cartridge in cartridges:
+        if not {each.sha256 for each in cartridge.parameters.documents} <= set(given):
+            raise OptionError(f"cartridge {cartridge.name!r} was made of another document: give it with --corpus too")
+    if len({(each.parameters.template, each.parameters.instruction) for each in cartridges}) > 1:
+        raise OptionError("the cartridges differ in template or instruction: one prompt cannot stand for all of them")
+
+
+def _truncated(model: Any, tokenizer: Any, text: str, behind: Sequence[Context]) -> list[Context]:
+    """The beginning of the text in as many tokens as each context has slots."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     found = []
-    for size in sorted({each.num_tokens for each in cartridges}):
-        about = cartridges[0].parameters
+    for size in sorted({each.num_tokens for each in behind}):
+        about = behind[0].cartridges[0].parameters
         around = len(document_ids(tokenizer, "", about.template, about.instruction))
         if size <= around or size >= len(ids):
             continue
@@ -203,13 +245,35 @@ def _quality(
         "log_probability_per_token": sum(sums) / sum(len(each) for each in answers),
         "exact_match": mean(right),
         "log_probabilities": sums,
+        "said": right,
     }
 
 
 def _kept(rows: Mapping[str, Mapping[str, Any]], name: str) -> float | None:
-    """The share of what the whole document gains over none, in log-probability."""
+    """The share of what all documents gain over none, in log-probability."""
     none, full = rows[NONE]["log_probability"], rows[CACHED]["log_probability"]
     return (rows[name]["log_probability"] - none) / (full - none) if full > none else None
+
+
+def _by_category(rows: Mapping[str, Mapping[str, Any]], name: str, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The same of each category's questions, where there are several."""
+    categories = list(dict.fromkeys(each.category for each in prompts))
+    if len(categories) < 2:
+        return {}
+    found = {}
+    for category in categories:
+        places = [place for place, each in enumerate(prompts) if each.category == category]
+        means = {
+            other: {"log_probability": mean(rows[other]["log_probabilities"][place] for place in places)}
+            for other in (NONE, CACHED, name)
+        }
+        found[category] = {
+            "questions": len(places),
+            **means[name],
+            "gain_kept": _kept(means, name),
+            "exact_match": mean(rows[name]["said"][place] for place in places),
+        }
+    return found
 
 
 def _first_tokens(model: Any, contexts: Sequence[Context], asked: Sequence[Sequence[int]]) -> dict[str, dict[str, Any]]:
@@ -284,9 +348,11 @@ def _batch(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 def terminal(result: Mapping[str, Any]) -> str:
     """The document as tables."""
     settings = result["settings"]
+    count = len(settings["documents"])
     head = (
-        f"{settings['model']} · {settings['dtype']} · document of {settings['document_tokens']} tokens · "
-        f"{settings['questions']} questions · path proved to {result['parity']:.0e}"
+        f"{settings['model']} · {settings['dtype']} · {'document' if count == 1 else f'{count} documents'} of "
+        f"{settings['document_tokens']} tokens · {settings['questions']} questions · path proved to "
+        f"{result['parity']:.0e}"
     )
     contexts = result["contexts"]
     quality = [
@@ -296,9 +362,14 @@ def terminal(result: Mapping[str, Any]) -> str:
             f"{row['kv_bytes'] / 1e6:.2f}" if row["kv_bytes"] else "–",
             f"{row['log_probability']:.2f}",
             f"{row['log_probability_per_token']:.2f}",
-            "–" if row["gain_kept"] is None else f"{row['gain_kept']:.0%}",
+            _share(row["gain_kept"]),
             f"{row['exact_match']:.0%}",
         )
+        for name, row in contexts.items()
+    ]
+    categories = list(contexts[NONE]["categories"])
+    apart = [
+        (name, *(part for each in categories for part in _category(row["categories"][each])))
         for name, row in contexts.items()
     ]
     cost = [
@@ -310,10 +381,12 @@ def terminal(result: Mapping[str, Any]) -> str:
         )
         for name, row in contexts.items()
     ]
+    titles = (part for each in categories for part in (each, "gain kept", "says it"))
     return "\n\n".join(
         [
             head,
             table(("context", "tokens", "KV MB", "ln p(answer)", "a token", "gain kept", "says it"), quality),
+            *([table(("context", *titles), apart)] if categories else []),
             table(
                 (
                     "context",
@@ -323,10 +396,18 @@ def terminal(result: Mapping[str, Any]) -> str:
                 ),
                 cost,
             ),
-            "gain kept: of what the whole document in the prompt adds to ln p(answer). full: read anew by each one. "
+            "gain kept: of what the whole text in the prompt adds to ln p(answer). full: read anew by each one. "
             "full, cached: its keys and values read once and shared. Ratios are medians of paired runs [p20–p80].\n",
         ]
     )
+
+
+def _category(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return f"{row['log_probability']:.2f}", _share(row["gain_kept"]), f"{row['exact_match']:.0%}"
+
+
+def _share(gain: float | None) -> str:
+    return "–" if gain is None else f"{gain:.0%}"
 
 
 def _at(figures: Mapping[str, Any]) -> tuple[str, str, str]:

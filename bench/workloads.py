@@ -94,8 +94,8 @@ def load_suite(name: str, file: Path | None = None, limit: int | None = None) ->
 def load_jsonl(path: str | Path) -> list[Prompt]:
     """Read JSON lines: ``question_id``, ``category`` and ``turns`` (Spec-Bench), or ``question`` and ``answer``.
 
-    A question's id is the number of its line. Its category is "gsm8k" where the answer has GSM8K's mark before the
-    number that is asked for, else "question"; the answer may be missing.
+    A question's id is the number of its line. Its category, where it gives none, is "gsm8k" if the answer has GSM8K's
+    mark before the number that is asked for, else "question"; the answer may be missing.
     """
     path = Path(path)
     try:
@@ -140,7 +140,9 @@ def _question(row: dict[str, Any], where: str, number: int) -> Prompt:
         raise WorkloadError(f"{where}: question must be a non-empty string, got {question!r:.60}")
     if answer is not None and not isinstance(answer, str):
         raise WorkloadError(f"{where}: answer must be a string, got {answer!r:.60}")
-    category = "gsm8k" if answer is not None and GSM8K_MARK in answer else "question"
+    category = row.get("category", "gsm8k" if answer is not None and GSM8K_MARK in answer else "question")
+    if not isinstance(category, str):
+        raise WorkloadError(f"{where}: category must be a string, got {category!r:.60}")
     return Prompt(str(number), category, (question,), answer)
 
 

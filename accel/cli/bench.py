@@ -31,7 +31,7 @@ USES = {
     "spec-bench": _ASKING | {"turns", "arms", "temperature", "prompt_file"},
     "drafts": _ASKING | {"prompt_file", "draft_length", "svg_file"},
     "lenience": _ASKING | {"prompt_file", "draft_length", "svg_file", "temperature", "epsilon"},
-    "cartridge": _ALWAYS | {"model", "dtype", "artifacts", "prompt_file", "corpus", "limit", "max_new_tokens"},
+    "cartridge": _ALWAYS | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
@@ -45,8 +45,8 @@ USES = {
     "artifacts",
     multiple=True,
     metavar="ARTIFACT",
-    help="A draft model, folder or name; several with --suite drafts. With --suite cartridge: cartridges. "
-    "[default model: the draft that ships with it]",
+    help="A draft model, folder or name; several with --suite drafts. With --suite cartridge: cartridges; A+B are two "
+    "that stand together. [default model: the draft that ships with it]",
 )
 @click.option(
     "--suite",
@@ -56,9 +56,16 @@ USES = {
     "--prompts",
     "prompt_file",
     type=FILE,
-    help="JSON lines: question_id, category, turns (Spec-Bench), or question, answer (GSM8K).",
+    help="JSON lines: question_id, category, turns (Spec-Bench), or question, answer, category (as GSM8K).",
 )
-@click.option("--corpus", type=FILE, metavar="FILE", help="cartridge: the document that the cartridges stand in for.")
+@click.option(
+    "--corpus",
+    "corpora",
+    type=FILE,
+    metavar="FILE",
+    multiple=True,
+    help="cartridge: the document that the cartridges stand in for. Repeatable.",
+)
 @click.option("--limit", type=int, help="Prompts of each task group. [embedded prompts: 1; from a file: all]")
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
 @click.option(
@@ -225,8 +232,8 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
 
 
 def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
-    for name, option in (("corpus", "--corpus"), ("prompt_file", "--prompts")):
-        if given[name] is None:
+    for name, option in (("corpora", "--corpus"), ("prompt_file", "--prompts")):
+        if not given[name]:
             raise OptionError(f"suite 'cartridge' needs {option}: the document, and questions with answers about it")
     import torch
 
@@ -238,7 +245,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     plan = cartridge.Plan(
         model=model,
         artifacts=given["artifacts"],
-        corpus=given["corpus"],
+        corpora=given["corpora"],
         questions=given["prompt_file"],
         limit=given["limit"],
         **({} if tokens is None else {"max_new_tokens": tokens}),

@@ -204,6 +204,13 @@ def draft(
     help="The document is a system message (system) or stands in front of plain text (text).",
 )
 @click.option("--start", default="chunks", show_default=True, help="First slots: chunks, first or random.")
+@click.option(
+    "--from",
+    "begun",
+    multiple=True,
+    metavar="ARTIFACT",
+    help="A cartridge of one of the documents, to go on with instead. Repeatable.",
+)
 @click.option("--sink-tokens", type=int, default=1, show_default=True, help="First slots that training leaves alone.")
 @click.option("--conversations", type=int, default=1024, show_default=True, help="Questions that MODEL asks itself.")
 @click.option("--shortest-chunk", type=int, default=256, show_default=True, help="Tokens in view of a conversation…")
@@ -235,6 +242,7 @@ def cartridge(
     corpus_files: tuple[Path, ...],
     output: Path | None,
     work: Path | None,
+    begun: tuple[str, ...],
     max_disk: str,
     weights: str,
     threads: int | None,
@@ -249,6 +257,7 @@ def cartridge(
         raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
     import torch
 
+    from accel.artifacts import open_artifact, resolve
     from accel.methods.cartridge.distill.recipe import Recipe, distill_cartridges, prepare, read_corpora, summary
     from accel.models.loading import load_model
 
@@ -279,6 +288,7 @@ def cartridge(
             name=model,
             command=shlex.join(["accel", *sys.argv[1:]]),
             prepared=prepared,
+            begun=[open_artifact(resolve(each)) for each in begun],
         )
     rows = summary(artifacts, prepared)
     lines = [

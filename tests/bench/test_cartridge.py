@@ -14,6 +14,7 @@ from accel.cli.main import main
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Cartridge
 from accel.methods.cartridge.evaluate import log_probabilities
+from accel.methods.cartridge.template import query_ids
 
 TEXT = "The ferry Marigold leaves at nine. The lamp was lit in 1903 by Ada Holm. " * 3
 QUESTIONS = [
@@ -72,6 +73,46 @@ def test_every_context_is_measured(made, quick, tmp_path) -> None:
     assert "gain kept" in result.stdout and "first 30 tokens" in result.stdout
 
 
+def test_documents_together_and_apart(made, model, tokenizer, quick, tmp_path) -> None:
+    """Two documents: both in the prompt, their cartridges side by side, and each category told apart."""
+    other = "The red engine pulls seven wagons. "
+    (tmp_path / "other.txt").write_text(other)
+    ids = tokenizer(other)["input_ids"]
+    about = {"template": "text", "documents": (document.describe(other, len(ids)),)}
+    Cartridge.of("b", document.read(model, ids), model, tokenizer, method="whole", **about).save(tmp_path / "b")
+    asked = [each | {"category": "ferry"} for each in QUESTIONS]
+    asked.append({"question": "What does it pull?", "answer": "seven wagons", "category": "engine"})
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    together = f"{made['all']}+{tmp_path / 'b'}"
+    arguments = [made["model"], "--suite", "cartridge", "-a", made["all"], "-a", together, "--max-new-tokens", 4]
+    arguments += ["--corpus", made["document.txt"], "--prompts", tmp_path / "both.jsonl"]
+    result = run(*arguments, "--corpus", tmp_path / "other.txt", "--output", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    contexts = found["contexts"]
+    beginnings = ["first 219 tokens", f"first {219 + len(ids)} tokens"]
+    assert list(contexts) == ["none", "full", "full, cached", *beginnings, "all", "all+b"]
+    both = tokenizer(TEXT + "\n\n" + other)["input_ids"]
+    assert found["settings"]["document_tokens"] == len(both) and contexts["all+b"]["tokens"] == 219 + len(ids)
+    for row in contexts.values():
+        parts = row["categories"]
+        assert {name: each["questions"] for name, each in parts.items()} == {"ferry": 3, "engine": 1}
+        mean = (3 * parts["ferry"]["log_probability"] + parts["engine"]["log_probability"]) / 4
+        assert mean == pytest.approx(row["log_probability"])
+    # what stands together is read together
+    apart = log_probabilities(
+        model,
+        [document.read(model, tokenizer(TEXT)["input_ids"]), document.read(model, ids)],
+        [query_ids(tokenizer, [{"role": "user", "content": "What does it pull?"}], "text")],
+        [tokenizer("seven wagons", add_special_tokens=False)["input_ids"]],
+    )
+    assert contexts["all+b"]["categories"]["engine"]["log_probability"] == pytest.approx(apart[0], abs=1e-3)
+    assert "2 documents" in result.stdout and "engine" in result.stdout
+    # a cartridge of a document that is not in the prompt would be compared with less than it knows
+    result = run(*arguments)
+    assert result.exit_code != 0 and "was made of another document" in result.stderr
+
+
 def test_the_gain_is_told_as_a_share_of_the_whole_documents() -> None:
     rows = {
         name: {"log_probability": value} for name, value in (("none", -20.0), ("full, cached", -12.0), ("c", -14.0))
@@ -112,7 +153,7 @@ def test_another_document_and_questions_without_answers_are_refused(made, tmp_pa
     bare.write_text(json.dumps({"question": "Who?"}) + "\n")
     base = [made["model"], "--suite", "cartridge", "-a", made["small"]]
     result = run(*base, "--corpus", other, "--prompts", made["questions.jsonl"])
-    assert result.exit_code != 0 and "is none of the documents" in result.stderr
+    assert result.exit_code != 0 and "none of the documents that the cartridges" in result.stderr
     result = run(*base, "--corpus", made["document.txt"], "--prompts", bare)
     assert result.exit_code != 0 and "needs an answer" in result.stderr
     result = run(*base, "--corpus", made["document.txt"], "--prompts", bare, "--turns", 2)

@@ -133,6 +133,36 @@ def test_documents_of_one_call_learn_to_stand_together(folder: Path, corpus: Pat
     assert not any("not trained" in note for note in model.stats.notes)
 
 
+def test_training_goes_on_from_a_cartridge(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """One that was trained alone learns to stand beside another; its divergence begins where it was left."""
+    first = tmp_path / "alone"
+    size = ("--tokens", 20, *SMALL, "--weights", "float32")
+    assert run("distill", "cartridge", folder, "--corpus", corpus, "--output", first, *size).exit_code == 0
+    other = tmp_path / "atlas.txt"
+    other.write_text("The atlas shows nine seas. " * 4)
+    both = ("distill", "cartridge", folder, "--corpus", corpus, "--corpus", other)
+    result = run(*both, "--from", first, "--output", tmp_path / "pair", *size)
+    assert result.exit_code == 0, result.output
+    alone, together = (open_artifact(each).manifest for each in (first, tmp_path / "pair" / "handbook"))
+    assert together.measured["divergence_before"] == pytest.approx(alone.measured["divergence"], abs=1e-4)
+    assert together.made["begun"] == [{"sha256": alone.files["cartridge.safetensors"].sha256}]
+    assert len(together.parameters["trained_with"]) == 1 and not alone.parameters["trained_with"]
+    begun = ("--corpus", corpus, "--from", first)
+    for arguments, match in (
+        ((*begun, "--tokens", 21), "are (20, 20, 1, 'text', ''), asked for are (21, 21, 1, 'text', '')"),
+        ((*begun, "--tokens", 20, "--from", first), "a second cartridge of the same document"),
+        (("--corpus", other, "--from", first, "--tokens", 20), "was made of none of these documents"),
+        ((*begun, "--tokens", 20, "--method", "compact"), "trains nothing that could go on"),
+    ):
+        result = run("distill", "cartridge", folder, *arguments, "--output", tmp_path / "no", *SMALL)
+        assert result.exit_code != 0 and match in result.stderr.replace("\n", " "), result.output
+    fitted = tmp_path / "fitted"
+    quick = ("--tokens", 20, "--method", "compact", "--template", "text", "--output", fitted)
+    assert run("distill", "cartridge", folder, "--corpus", corpus, *quick).exit_code == 0
+    result = run("distill", "cartridge", folder, *begun[:2], "--from", fitted, "--output", tmp_path / "no", *size)
+    assert result.exit_code != 0 and "bias" in result.stderr
+
+
 def test_a_plan_writes_nothing(folder: Path, corpus: Path, tmp_path: Path) -> None:
     before = set(tmp_path.rglob("*"))
     result = run("distill", "cartridge", folder, "--corpus", corpus, "--compression", 4, "--plan", *SMALL)

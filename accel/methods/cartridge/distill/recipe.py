@@ -22,7 +22,7 @@ from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.teacher import Lesson, stop_tokens
 from accel.errors import ArtifactError, OptionError, unknown_name
 from accel.methods.cartridge import document
-from accel.methods.cartridge.cartridge import DTYPES, TEMPLATES, Cartridge, Document, Geometry
+from accel.methods.cartridge.cartridge import DTYPES, FILE, TEMPLATES, Cartridge, Document, Geometry
 from accel.methods.cartridge.distill.compact import compact
 from accel.methods.cartridge.distill.self_study import Corpus, Study, cut, study
 from accel.methods.cartridge.distill.slots import STARTS, Slots, begin, inputs
@@ -205,8 +205,11 @@ def distill_cartridges(
     name: str | None = None,
     command: str | None = None,
     prepared: Prepared | None = None,
+    begun: Sequence[Artifact] = (),
 ) -> list[Artifact]:
     """Make a cartridge of each document; those of one call learn to stand together.
+
+    ``begun``: cartridges of any of these documents whose training goes on, instead of beginning at ``recipe.start``.
 
     ``work`` keeps conversations and checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
     ``name``: what the manifest calls the model; ``command``: how this was called.
@@ -215,11 +218,14 @@ def distill_cartridges(
         if output.exists():
             raise ArtifactError(f"{output} exists already: choose another folder")
     prepared = prepared or prepare(model, tokenizer, corpora, recipe)
+    trained_before = _begun(begun, model, tokenizer, prepared, recipe)
     progress(f"at most {prepared.total_bytes / 2**20:.0f} MiB on disk")
     made: dict[str, Any] = {"command": command, "seed": recipe.seed, "recipe": asdict(recipe)}
+    if begun:
+        made["begun"] = [{"sha256": each.manifest.files[FILE].sha256} for each in begun]
     measured: list[dict[str, Any]] = [{} for _ in corpora]
     if recipe.method == "self-study":
-        segments, losses, measured = _trained(model, tokenizer, prepared, recipe, work, progress, name)
+        segments, losses, measured = _trained(model, tokenizer, prepared, recipe, work, progress, name, trained_before)
         made["losses"] = thinned(losses)
     elif recipe.method == "compact":
         queries = [_probes(tokenizer, each) for each in prepared.corpora]
@@ -257,6 +263,35 @@ def distill_cartridges(
     return artifacts
 
 
+def _begun(
+    given: Sequence[Artifact], model: PreTrainedModel, tokenizer: Any, prepared: Prepared, recipe: Recipe
+) -> dict[str, tuple[Segment, str]]:
+    """By document: the slots to go on with, and the digest of their file. What does not fit is refused."""
+    if given and recipe.method != "self-study":
+        raise OptionError(f"method={recipe.method!r} trains nothing that could go on from {given[0].path}")
+    counts = {each.digest: count for each, count in zip(prepared.corpora, prepared.slots, strict=True)}
+    found: dict[str, tuple[Segment, str]] = {}
+    for artifact in given:
+        cartridge = Cartridge.load(artifact, model, tokenizer)
+        about = cartridge.parameters
+        documents = [each.sha256 for each in about.documents]
+        if len(documents) != 1 or documents[0] not in counts:
+            raise OptionError(f"{artifact.path}: was made of none of these documents: give its own with --corpus")
+        if documents[0] in found:
+            raise OptionError(f"{artifact.path}: a second cartridge of the same document to go on from: give one")
+        if about.has_bias:
+            raise OptionError(f"{artifact.path}: was fitted with a bias of its slots, which training does not have")
+        has = (about.tokens, about.positions, about.sink_tokens, about.template, about.instruction)
+        wants = (counts[documents[0]],) * 2 + (recipe.sink_tokens, recipe.template, recipe.instruction)
+        if has != wants:
+            raise OptionError(
+                f"{artifact.path}: (slots, positions, sink tokens, template, instruction) are {has}, asked for are "
+                f"{wants}: ask for the same to go on"
+            )
+        found[documents[0]] = cartridge.segment, artifact.manifest.files[FILE].sha256
+    return found
+
+
 def _trained(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -265,6 +300,7 @@ def _trained(
     work: Path,
     progress: Progress,
     name: str | None,
+    begun: Mapping[str, tuple[Segment, str]],
 ) -> tuple[list[Segment], list[float], list[dict[str, Any]]]:
     base = asdict(describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed"))
     stop = stop_tokens(model, tokenizer)
@@ -286,14 +322,19 @@ def _trained(
         chosen = {each.index for each in held}
         learned.append([each for each in lessons if each.index not in chosen])
         unseen.append(held)
-    slots = [
-        Slots(begin(model, ids, count, recipe.start, recipe.sink_tokens, recipe.seed), recipe.sink_tokens)
-        for ids, count in zip(prepared.ids, prepared.slots, strict=True)
-    ]
+    slots = []
+    for corpus, ids, count in zip(prepared.corpora, prepared.ids, prepared.slots, strict=True):
+        if corpus.digest in begun:
+            segment = begun[corpus.digest][0]
+        else:
+            segment = begin(model, ids, count, recipe.start, recipe.sink_tokens, recipe.seed)
+        slots.append(Slots(segment, recipe.sink_tokens))
     before = [_divergence(model, one, held, recipe) for one, held in zip(slots, unseen, strict=True)]
     free = ("max_bytes", "dtype", "rows", "checkpoint_every")
     made_from = {key: value for key, value in asdict(recipe).items() if key not in free}
     made_from |= {"config": config_digest(model.config), "documents": [each.digest for each in prepared.corpora]}
+    if begun:
+        made_from["begun"] = sorted(digest for _, digest in begun.values())
     rows = train(
         model,
         slots,
