@@ -37,10 +37,12 @@ Told = Callable[[str], None]
 NONE, FULL, CACHED = "none", "full", "full, cached"
 # between the names of cartridges that stand in front of the same questions
 BESIDE = "+"
-# questions whose first token is timed, and requests that decode at once
+# the document of the cartridge that ships with accel, and held-out questions about it
+EMBEDDED = Path(__file__).parent / "data" / "handbook.txt", Path(__file__).parent / "data" / "handbook.jsonl"
+# questions whose first token is timed
 TIMED = 5
-CONCURRENT = (1, 4, 16)
-REPEATS = 3
+# questions that are answered together
+ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Plan:
     questions: Path
     limit: int | None = None
     max_new_tokens: int = 24
+    # requests that decode at once, and how often that is timed
+    concurrency: tuple[int, ...] = (1, 4, 16)
+    repeat: int = 3
     device: str = "auto"
     dtype: str = "auto"
     output: Path | None = None
@@ -68,6 +73,8 @@ class Plan:
             raise OptionError(f"-a {', '.join(self.artifacts)}: A{BESIDE}B names two cartridges that stand together")
         if not self.corpora:
             raise OptionError("suite 'cartridge' needs the documents that the cartridges stand in for")
+        if not self.concurrency or min(self.concurrency) < 1 or self.repeat < 1:
+            raise OptionError(f"concurrency={self.concurrency}, repeat={self.repeat}: all must be 1 or more")
         if self.max_new_tokens < 2:
             raise OptionError(f"max_new_tokens={self.max_new_tokens}: must be 2 or more")
 
@@ -136,9 +143,9 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     told("time to the first token …")
     for name, times in _first_tokens(model, contexts, asked).items():
         rows[name] |= times
-    for count in CONCURRENT:
+    for count in plan.concurrency:
         told(f"{count} requests at once …")
-        for name, figures in _throughput(model, contexts, asked, count, plan.max_new_tokens).items():
+        for name, figures in _throughput(model, contexts, asked, count, plan).items():
             rows[name][f"at_{count}"] = figures
     result = {
         "version": 1,
@@ -153,6 +160,8 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
             "documents": [str(each) for each in plan.corpora],
             "document_tokens": len(full_ids),
             "max_new_tokens": plan.max_new_tokens,
+            "concurrency": list(plan.concurrency),
+            "repeat": plan.repeat,
             "dtype": str(model.dtype).removeprefix("torch."),
         },
         "environment": environment.describe(model.device),
@@ -231,8 +240,8 @@ def _quality(
     segments = [each.segment for each in context.cartridges]
     sums = log_probabilities(model, segments, asked, answers)
     said = []
-    for start in range(0, len(asked), max(CONCURRENT)):
-        batch = _batch(model, asked[start : start + max(CONCURRENT)])
+    for start in range(0, len(asked), ROWS):
+        batch = _batch(model, asked[start : start + ROWS])
         out = model.generate(
             **batch, max_new_tokens=plan.max_new_tokens, do_sample=False, cartridges=list(context.cartridges)
         )
@@ -293,12 +302,13 @@ def _first_tokens(model: Any, contexts: Sequence[Context], asked: Sequence[Seque
 
 
 def _throughput(
-    model: Any, contexts: Sequence[Context], asked: Sequence[Sequence[int]], count: int, tokens: int
+    model: Any, contexts: Sequence[Context], asked: Sequence[Sequence[int]], count: int, plan: Plan
 ) -> dict[str, dict[str, Any]]:
     """Decoded tokens/s of ``count`` requests at once, behind their first token, and bytes held for all of them."""
     seconds: dict[str, list[float]] = {context.name: [] for context in contexts}
     held: dict[str, int] = {}
-    for number in range(REPEATS):
+    tokens = plan.max_new_tokens
+    for number in range(plan.repeat):
         for context in _rotated(contexts, number):
             some = [asked[(number + place) % len(asked)] for place in range(count)]
             batch = _batch(model, [_prompt(context, each) for each in some])
@@ -377,7 +387,7 @@ def terminal(result: Mapping[str, Any]) -> str:
             name,
             f"{row['ttft_ms']:.0f}",
             _shown(row["ttft_speedup"]),
-            *(part for n in CONCURRENT for part in _at(row[f"at_{n}"])),
+            *(part for n in settings["concurrency"] for part in _at(row[f"at_{n}"])),
         )
         for name, row in contexts.items()
     ]
@@ -392,7 +402,7 @@ def terminal(result: Mapping[str, Any]) -> str:
                     "context",
                     "TTFT ms",
                     "× full",
-                    *(title for n in CONCURRENT for title in (f"tokens/s @{n}", "× full", "MB held")),
+                    *(title for n in settings["concurrency"] for title in (f"tokens/s @{n}", "× full", "MB held")),
                 ),
                 cost,
             ),

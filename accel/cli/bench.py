@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 from click.core import ParameterSource
 
-from accel.cli.common import DEFAULT_DRAFT, DEFAULT_MODEL, Progress
+from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MODEL, Progress
 from accel.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ USES = {
     "spec-bench": _ASKING | {"turns", "arms", "temperature", "prompt_file"},
     "drafts": _ASKING | {"prompt_file", "draft_length", "svg_file"},
     "lenience": _ASKING | {"prompt_file", "draft_length", "svg_file", "temperature", "epsilon"},
-    "cartridge": _ALWAYS | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens"},
+    "cartridge": _ALWAYS
+    | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens"}
+    | {"concurrency", "repeat"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
@@ -74,7 +76,8 @@ USES = {
     help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256; cartridge: 24]",
 )
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
-@click.option("--repeat", type=int, default=1, show_default=True, help="Runs of each arm on each prompt.")
+@click.option("--repeat", type=int, help="Runs of each arm on each prompt. [default: 1; cartridge, of timings: 3]")
+@click.option("--concurrency", metavar="N,N,…", help="cartridge: requests at once. [default: 1,4,16]")
 @click.option("--temperature", type=float, help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs.")
 @click.option(
@@ -147,7 +150,7 @@ def _bench_prompts(model: str, suite: str, given: dict[str, Any]) -> None:
         max_new_tokens=workloads.suite(suite).max_new_tokens if tokens is None else tokens,
         temperature=temperature,
         seed=given["seed"],
-        repeat=given["repeat"],
+        repeat=1 if given["repeat"] is None else given["repeat"],
         turns=given["turns"],
     )
     chosen = _suite(model, suite, settings, given)
@@ -232,23 +235,31 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
 
 
 def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
-    for name, option in (("corpora", "--corpus"), ("prompt_file", "--prompts")):
-        if not given[name]:
-            raise OptionError(f"suite 'cartridge' needs {option}: the document, and questions with answers about it")
+    asked = {"-a": given["artifacts"], "--corpus": given["corpora"], "--prompts": given["prompt_file"]}
+    lacking = [option for option, value in asked.items() if not value]
+    embedded = len(lacking) == len(asked) and model == DEFAULT_MODEL
+    if lacking and not embedded:
+        raise OptionError(
+            f"suite 'cartridge' needs {', '.join(lacking)}: cartridges (-a), their documents (--corpus) and questions "
+            f"with answers (--prompts); {DEFAULT_MODEL} brings its own where all three are left out"
+        )
     import torch
 
     from accel.bench import cartridge, saving
 
+    corpus, questions = cartridge.EMBEDDED
     if given["threads"] is not None:
         torch.set_num_threads(given["threads"])
-    tokens = given["max_new_tokens"]
+    chosen = {name: given[name] for name in ("max_new_tokens", "repeat") if given[name] is not None}
+    if given["concurrency"] is not None:
+        chosen["concurrency"] = _counts(given["concurrency"])
     plan = cartridge.Plan(
         model=model,
-        artifacts=given["artifacts"],
-        corpora=given["corpora"],
-        questions=given["prompt_file"],
+        artifacts=(DEFAULT_CARTRIDGE,) if embedded else given["artifacts"],
+        corpora=(corpus,) if embedded else given["corpora"],
+        questions=questions if embedded else given["prompt_file"],
         limit=given["limit"],
-        **({} if tokens is None else {"max_new_tokens": tokens}),
+        **chosen,
         device=given["device"],
         dtype=given["dtype"],
         output=given["output"],
@@ -257,6 +268,15 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     with Progress() as progress:
         document = cartridge.carry_out(plan, progress)
     click.echo(saving.dump(document) if given["as_json"] else cartridge.terminal(document), nl=False)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in text.split(","))
+    except ValueError as error:
+        raise OptionError(
+            f"--concurrency {text}: whole numbers with commas between them are wanted, as in 1,4"
+        ) from error
 
 
 def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: bool, output: Path | None) -> None:

@@ -23,6 +23,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 DEFAULT_MODEL = "smollm2-135m-instruct"
 # the draft model that ships with accel for it
 DEFAULT_DRAFT = "smollm2-135m-draft"
+# and the cartridge
+DEFAULT_CARTRIDGE = "smollm2-135m-handbook"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 

@@ -24,6 +24,9 @@ QUESTIONS = [
 ]
 
 
+FEW = ("--concurrency", "1,2", "--repeat", 1)
+
+
 def run(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
@@ -47,13 +50,11 @@ def made(tmp_path_factory, model, tokenizer) -> dict[str, Path]:
 @pytest.fixture
 def quick(monkeypatch):
     monkeypatch.setattr(suite, "TIMED", 1)
-    monkeypatch.setattr(suite, "REPEATS", 1)
-    monkeypatch.setattr(suite, "CONCURRENT", (1, 2))
 
 
 def test_every_context_is_measured(made, quick, tmp_path) -> None:
     output = tmp_path / "out.json"
-    common = ["--corpus", made["document.txt"], "--prompts", made["questions.jsonl"], "--max-new-tokens", 4]
+    common = ["--corpus", made["document.txt"], "--prompts", made["questions.jsonl"], "--max-new-tokens", 4, *FEW]
     result = run(
         made["model"], "--suite", "cartridge", "-a", made["small"], "-a", made["all"], *common, "--output", output
     )
@@ -84,7 +85,7 @@ def test_documents_together_and_apart(made, model, tokenizer, quick, tmp_path) -
     asked.append({"question": "What does it pull?", "answer": "seven wagons", "category": "engine"})
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     together = f"{made['all']}+{tmp_path / 'b'}"
-    arguments = [made["model"], "--suite", "cartridge", "-a", made["all"], "-a", together, "--max-new-tokens", 4]
+    arguments = [made["model"], "--suite", "cartridge", "-a", made["all"], "-a", together, "--max-new-tokens", 4, *FEW]
     arguments += ["--corpus", made["document.txt"], "--prompts", tmp_path / "both.jsonl"]
     result = run(*arguments, "--corpus", tmp_path / "other.txt", "--output", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
@@ -138,13 +139,29 @@ def test_log_probabilities_are_the_models_own(tiny) -> None:
 
 @pytest.mark.parametrize(
     ("leave_out", "match"),
-    [("--corpus", "needs --corpus"), ("--prompts", "needs --prompts"), ("-a", "name one or more with -a")],
+    [("--corpus", "needs --corpus:"), ("--prompts", "needs --prompts:"), ("-a", "needs -a:")],
 )
 def test_what_is_missing_is_said(made, leave_out, match) -> None:
     given = {"--corpus": made["document.txt"], "--prompts": made["questions.jsonl"], "-a": made["small"]}
     options = [part for name, value in given.items() if name != leave_out for part in (name, value)]
     result = run(made["model"], "--suite", "cartridge", *options)
     assert result.exit_code != 0 and match in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "match"),
+    [
+        ("--concurrency", "1,x", "as in 1,4"),
+        ("--concurrency", "0", "all must be 1 or more"),
+        ("--repeat", 0, "all must be 1 or more"),
+        ("--max-new-tokens", 1, "must be 2 or more"),
+        ("-a", "one+", "A+B names two cartridges"),
+    ],
+)
+def test_bad_choices_are_refused_in_one_line(made, option, value, match) -> None:
+    base = ["--corpus", made["document.txt"], "--prompts", made["questions.jsonl"], "-a", made["small"]]
+    result = run(made["model"], "--suite", "cartridge", *base, option, value)
+    assert result.exit_code != 0 and match in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_another_document_and_questions_without_answers_are_refused(made, tmp_path) -> None:
