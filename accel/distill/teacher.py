@@ -150,25 +150,51 @@ def _extend(
         row.logp.append(logp[place])
 
 
-def judge(target: SoftmaxTarget, index: int, prompt: Sequence[int], answer: Sequence[int], k: int) -> Lesson:
-    """The target's view of an answer that somebody else wrote."""
-    return judge_all(Scorer(target.model), [(index, prompt, answer)], k)[0]
+@torch.no_grad()
+def judge_rows(
+    target: SoftmaxTarget,
+    written: Iterable[Written],
+    k: int,
+    rows: int,
+    behind: Callable[[int], Sequence[Segment]] = _nothing,
+) -> Iterator[Lesson]:
+    """The target's view of answers that somebody else wrote, with immutable context ``behind(index)`` before each.
+
+    ``rows`` are read together; their contexts are held until they are done.
+    """
+    waiting = iter(written)
+    while some := list(islice(waiting, rows)):
+        names = [target.open(behind(index)) for index, _, _ in some]
+        tokens, _ = _padded(some)
+        first = min(len(prompt) for _, prompt, _ in some) - 1
+        logits = target.forward(tokens.to(target.device), names, keep=range(first, tokens.shape[1]))
+        for place, (index, prompt, answer) in enumerate(some):
+            start = len(prompt) - 1 - first
+            ids, logp = most_likely(logits[place, start : start + len(answer)].float(), k)
+            yield Lesson(index, _int32(prompt), _int32(answer), ids, logp)
+        target.close(names)
 
 
 @torch.no_grad()
 def judge_all(score: Scorer, written: Sequence[Written], k: int) -> list[Lesson]:
     """A model's view of answers that somebody else wrote, read as one padded batch."""
+    tokens, at = _padded(written)
+    device = score.model.device
+    parts = [most_likely(logits, k) for logits in score.pieces(tokens.to(device), at.to(device))]
+    ids, logp = (torch.cat(each) for each in zip(*parts, strict=True))
+    sizes = [len(answer) for _, _, answer in written]
+    views = zip(written, ids.split(sizes), logp.split(sizes), strict=True)
+    return [Lesson(index, _int32(prompt), _int32(answer), i, lp) for (index, prompt, answer), i, lp in views]
+
+
+def _padded(written: Sequence[Written]) -> tuple[Tensor, Tensor]:
+    """Prompts and answers [B, T], padded on the right, and the flat places whose logits are about answer tokens."""
     tokens = torch.zeros(len(written), max(len(p) + len(a) for _, p, a in written) - 1, dtype=torch.long)
     at = []
     for row, (_, prompt, answer) in enumerate(written):
         tokens[row, : len(prompt) + len(answer) - 1] = torch.tensor([*prompt, *answer[:-1]])
         at.append(row * tokens.shape[1] + torch.arange(len(prompt) - 1, len(prompt) + len(answer) - 1))
-    device = score.model.device
-    parts = [most_likely(logits, k) for logits in score.pieces(tokens.to(device), torch.cat(at).to(device))]
-    ids, logp = (torch.cat(each) for each in zip(*parts, strict=True))
-    sizes = [len(answer) for _, _, answer in written]
-    views = zip(written, ids.split(sizes), logp.split(sizes), strict=True)
-    return [Lesson(index, _int32(prompt), _int32(answer), i, lp) for (index, prompt, answer), i, lp in views]
+    return tokens, torch.cat(at)
 
 
 def _int32(tokens: Sequence[int]) -> Tensor:

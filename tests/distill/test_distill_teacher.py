@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from accel.distill.teacher import Generation, answers, judge, most_likely
+from accel.distill.forward import Scorer
+from accel.distill.teacher import Generation, answers, judge_all, judge_rows, most_likely
 from accel.errors import OptionError
+from accel.methods.cartridge import document
 from accel.models.softmax_target import SoftmaxTarget
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [20, 21], [33, 34, 35, 36], [40, 41, 42], [50, 51]]
@@ -28,9 +30,29 @@ def test_greedy_answers_and_their_lists(tiny, rows):
         expected = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=tiny.PAD)
         assert lesson.prompt.tolist() == prompt
         assert lesson.answer.tolist() == expected[0, len(prompt) :].tolist()
-        seen = judge(SoftmaxTarget(model), index, prompt, lesson.answer.tolist(), 5)
+        (seen,) = judge_all(Scorer(model), [(index, prompt, lesson.answer.tolist())], 5)
         assert torch.equal(seen.ids, lesson.ids) and torch.equal(lesson.ids[:, 0], lesson.answer)
         torch.testing.assert_close(seen.logp, lesson.logp, atol=5e-3, rtol=2e-3)
+
+
+def test_answers_of_others_behind_contexts(tiny):
+    """As transformers sees context, prompt and answer in one piece, whatever else is in the batch."""
+    model = tiny.build("llama")
+    contexts = [[3, 4, 5, 6, 7, 8], [], [60, 61]]
+    said = [[8, 9, 10], [1], [30, 31, 32, 33, 34], [2, 2], [7], [6, 5]]
+    written = [(index, *pair) for index, pair in enumerate(zip(PROMPTS, said, strict=True))]
+    held = [document.read(model, each) if each else None for each in contexts]
+    target = SoftmaxTarget(model)
+    found = list(judge_rows(target, written, 4, 4, lambda i: [held[i % 3]] if held[i % 3] else []))
+    assert [each.index for each in found] == list(range(6)) and not target.cache.rows
+    for (index, prompt, answer), lesson in zip(written, found, strict=True):
+        head = contexts[index % 3]
+        with torch.no_grad():
+            logits = model(torch.tensor([head + prompt + answer])).logits[0, len(head) + len(prompt) - 1 : -1]
+        best, ids = logits.log_softmax(-1).topk(4, dim=-1)
+        assert lesson.prompt.tolist() == prompt and lesson.answer.tolist() == answer
+        assert torch.equal(lesson.ids.long(), ids)
+        torch.testing.assert_close(lesson.logp.float(), best, atol=5e-3, rtol=2e-3)
 
 
 def test_an_answer_depends_on_prompt_seed_and_index_alone(tiny):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from accel.distill.teacher import Lesson
 from accel.errors import OptionError
 from accel.methods.cartridge.distill import self_study
 from accel.methods.cartridge.distill.self_study import Chunks, Corpus, Study, cut, study
@@ -15,7 +16,7 @@ from accel.methods.cartridge.template import document_ids, query_ids
 TEXT = "The ferry Marigold leaves at nine. The lamp was lit in 1903 by Ada Holm. " * 4
 CORPUS = Corpus("handbook", TEXT, "text", "Read this. ")
 HOW = Study(
-    conversations=12, shortest_chunk=20, longest_chunk=40, per_chunk=4, question_tokens=6, answer_tokens=5, k=4, rows=5
+    conversations=13, shortest_chunk=20, longest_chunk=40, per_chunk=4, question_tokens=6, answer_tokens=5, k=4, rows=5
 )
 
 
@@ -40,9 +41,9 @@ def test_lessons_hold_the_teachers_view_with_the_chunk_before_it(model, bytewise
     """Brute force: the model on chunk + question + answer, without any cache."""
     lessons = run(model, bytewise, tmp_path)
     chunks = Chunks(bytewise, CORPUS, HOW)
-    assert 0 < len(lessons) <= 12
-    asked = {}
-    for index in range(12):
+    assert 0 < len(lessons) <= 13
+    asked, quoted = {}, 0
+    for index in range(13):
         question = _question_of(model, bytewise, chunks, index)
         if question:
             asked[len(asked)] = (index, question)
@@ -57,7 +58,16 @@ def test_lessons_hold_the_teachers_view_with_the_chunk_before_it(model, bytewise
         best, ids = logits.log_softmax(-1).topk(4, dim=-1)
         assert torch.equal(ids, lesson.ids.long())
         torch.testing.assert_close(best, lesson.logp.float(), atol=2e-3, rtol=2e-3)
-        assert lesson.answer.tolist() == ids[:, 0].tolist(), "answers are greedy"
+        if self_study.kind(index) in (self_study.RECALL, self_study.COMPLETION):
+            assert lesson.answer.tolist() == bytewise(_sentence_of(chunks, index))["input_ids"][:5]
+            quoted += 1
+        else:
+            assert lesson.answer.tolist() == ids[:, 0].tolist(), "answers are greedy"
+    assert 0 < quoted < len(lessons)
+
+
+def _sentence_of(chunks, index):
+    return chunks.passage(index) if self_study.kind(index) == self_study.RECALL else chunks.to_complete(index)[0]
 
 
 def _question_of(model, tokenizer, chunks, index):
@@ -65,16 +75,17 @@ def _question_of(model, tokenizer, chunks, index):
     from accel.distill.teacher import Generation, answers
     from accel.models.softmax_target import SoftmaxTarget
 
-    kind = self_study._kind(index)
+    kind = self_study.kind(index)
     if kind == self_study.COMPLETION:
-        beginning = chunks.beginning(index)
-        return None if beginning is None else f'Complete this sentence from the text: "{beginning}"'
-    begins = random.Random(f"{HOW.seed}/begins/{index}").choice(self_study.SEEDS[kind].begins)
-    told = self_study.SEEDS[kind].told.format(passage=chunks.passage(index))
+        found = chunks.to_complete(index)
+        return None if found is None else f'Complete this sentence from the text: "{found[1]}"'
+    seed = self_study.SEEDS["question" if kind == self_study.RECALL else kind]
+    begins = random.Random(f"{HOW.seed}/begins/{index}").choice(seed.begins)
+    told = seed.told.format(passage=chunks.passage(index))
     head = document_ids(tokenizer, chunks.text(index // 4), "text", "Read this. ")
     prompt = head + query_ids(tokenizer, [{"role": "user", "content": told}], "text") + tokenizer(begins)["input_ids"]
     way = Generation(HOW.question_tokens, HOW.question_temperature, HOW.seed, [0], k=1)
-    place = [i for i in range(12) if self_study._kind(i) != self_study.COMPLETION].index(index)
+    place = [i for i in range(13) if self_study.kind(i) != self_study.COMPLETION].index(index)
     (lesson,) = answers(SoftmaxTarget(model), [(place, prompt)], way)
     return begins + self_study._clean(tokenizer, lesson.answer)
 
@@ -130,10 +141,13 @@ def test_chunks_and_passages_come_from_everywhere_and_are_repeatable(bytewise):
         for i, each in enumerate(passages)
     )
     assert len(set(passages)) > 30
-    beginnings = [chunks.beginning(i) for i in range(80)]
-    assert all(each and 4 <= len(each.split()) <= 5 and f"{each} " in text for each in beginnings)
+    for sentence, beginning in map(chunks.to_complete, range(80)):
+        assert sentence in passages or sentence in text
+        assert sentence.startswith(f"{beginning} ") and 4 <= len(beginning.split()) <= 5
+    recalled = [chunks.passage(i) for i in range(80) if self_study.kind(i) == self_study.RECALL]
+    assert all(each.count("Fact") == 1 for each in recalled)
     short = Chunks(bytewise, Corpus("x", "Too short. And so. Is this.", "text", ""), how)
-    assert short.beginning(0) is None and short.passage(0)
+    assert short.to_complete(0) is None and short.passage(0)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +159,32 @@ def test_a_question_ends_where_it_is_asked(bytewise, said, kept):
 
 
 def test_all_five_kinds_are_asked():
-    assert set(self_study._KINDS) == {*self_study.SEEDS, self_study.COMPLETION} and len(self_study.SEEDS) == 5
+    quoted = {self_study.RECALL, self_study.COMPLETION}
+    assert set(self_study._KINDS) == {*self_study.SEEDS, *quoted} and len(self_study.SEEDS) == 5
+
+
+def test_headings_are_no_facts(bytewise):
+    text = "First.\n\nThe garden\n\nThe pear tree was planted by a sailor. It has six beehives in it.\n\nLast."
+    chunks = Chunks(bytewise, Corpus("x", text, "text", ""), Study(conversations=40, per_chunk=40))
+    said = {chunks.passage(index) for index in range(40)}
+    assert said and not any("The garden" in each for each in said)
+
+
+def test_an_answer_ends_before_it_runs_in_circles():
+    def answer(*tokens):
+        count = len(tokens)
+        view = torch.arange(count * 2).view(count, 2)
+        lesson = Lesson(0, torch.tensor([1]), torch.tensor(tokens), view, view.half())
+        kept = self_study._before_loops(lesson)
+        assert len(kept.answer) == len(kept.ids) == len(kept.logp)
+        assert torch.equal(kept.ids, view[: len(kept.answer)])
+        return kept.answer.tolist()
+
+    once = list(range(10))
+    assert answer(*once) == once and answer(5, 5, 5) == [5, 5, 5]
+    assert answer(*once, *once) == once
+    assert answer(7, 8, *once, 9, *once[:8], 3) == [7, 8, *once, 9]
+    assert answer(*[4] * 20) == [4]
 
 
 def test_long_lessons_are_cut_and_those_without_room_left_out(model, bytewise, tmp_path):

@@ -1,7 +1,11 @@
 """Self-study: the model asks itself about pieces of a document and answers with the piece in view.
 
-Eyuboglu et al. 2025 (arXiv 2506.06266), section 4. Knows a document's tokens, chunks and conversations. Does not know
-what is learned from them. A conversation depends on the document, the seed and its index alone.
+Eyuboglu et al. 2025 (arXiv 2506.06266), section 4. Over half of the answers are quoted from the piece instead of
+generated: a small model writes the wrong fact, or the same words again and again, where its distribution over the right
+sentence is good. What is learned is its distribution in both cases.
+
+Knows a document's tokens, chunks and conversations. Does not know what is learned from them. A conversation depends on
+the document, the seed and its index alone.
 """
 
 from __future__ import annotations
@@ -9,7 +13,7 @@ from __future__ import annotations
 import random
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +23,7 @@ from transformers import PreTrainedModel
 
 from accel.distill.cache import LessonCache
 from accel.distill.lessons import Progress, complete, predicted_bytes
-from accel.distill.teacher import Generation, Lesson, answers
+from accel.distill.teacher import Generation, Lesson, answers, judge_rows
 from accel.errors import OptionError
 from accel.methods.cartridge import document
 from accel.methods.cartridge.template import document_ids, query_ids, text_ids
@@ -56,18 +60,20 @@ SEEDS: Mapping[str, Seed] = {
         'Write one unusual question about this part: "{passage}"', ("What would", "Imagine", "What if", "Why")
     ),
 }
-# Asked without a model: the beginning of a sentence, to be completed from the text. It reaches every fact of a document
-# whoever asks, which a small model does not.
-COMPLETION = "completion"
+# Answered with a sentence of the document itself: a question about it, and its beginning, to be completed, which is
+# asked without a model and so reaches every fact whoever asks.
+RECALL, COMPLETION = "recall", "completion"
 _COMPLETE = 'Complete this sentence from the text: "{beginning}"'
-# of ten conversations: facts are asked for more often than anything else
+# The kinds in turn. Facts are asked for more often than anything else.
 _KINDS: tuple[str, ...] = (
-    *("question", COMPLETION, "question", "structuring", COMPLETION),
-    *("question", "summarization", COMPLETION, "use_case", "creative"),
+    *(RECALL, COMPLETION, "question", RECALL, COMPLETION, "structuring", RECALL, COMPLETION, "summarization"),
+    *(RECALL, COMPLETION, "use_case", "creative"),
 )
-_SENTENCE = re.compile(r"(?<=[.!?])\s+")
+_SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 # words of a sentence to be completed: enough to know which one, at least two left to say
 _FEWEST_WORDS = 4
+# an answer that says so many tokens again has begun to run in circles
+_LOOP = 8
 # pieces of context that are kept for conversations still running
 _HELD = 4
 
@@ -142,20 +148,22 @@ class Chunks:
         return found[1:-1] if len(found) > 2 else found
 
     def passage(self, index: int) -> str:
-        """A sentence or two of the chunk that conversation ``index`` is about."""
+        """A sentence or two of the chunk that conversation ``index`` is about; one, if it is the answer."""
         chance = random.Random(f"{self._study.seed}/passage/{index}")
         found = self.sentences(index)
+        found = [each for each in found if len(each.split()) >= _FEWEST_WORDS] or found  # headings say little
         start = chance.randrange(len(found))
-        return " ".join(found[start : start + chance.randint(1, 2)])
+        return " ".join(found[start : start + (1 if kind(index) == RECALL else chance.randint(1, 2))])
 
-    def beginning(self, index: int) -> str | None:
-        """The first words of a sentence of the chunk; None where all are too short to be completed."""
+    def to_complete(self, index: int) -> tuple[str, str] | None:
+        """A sentence of the chunk, and its first words; None where all are too short to be completed."""
         chance = random.Random(f"{self._study.seed}/beginning/{index}")
-        long = [words for each in self.sentences(index) if len(words := each.split()) >= _FEWEST_WORDS + 2]
+        long = [each for each in self.sentences(index) if len(each.split()) >= _FEWEST_WORDS + 2]
         if not long:
             return None
-        words = chance.choice(long)
-        return " ".join(words[: chance.randint(_FEWEST_WORDS, len(words) - 2)])
+        sentence = chance.choice(long)
+        words = sentence.split()
+        return sentence, " ".join(words[: chance.randint(_FEWEST_WORDS, len(words) - 2)])
 
     def number(self, index: int) -> int:
         return index // self._study.per_chunk
@@ -213,15 +221,15 @@ def study(
         return query_ids(tokenizer, [{"role": "user", "content": content}], corpus.template)
 
     def begun(index: int) -> str:
-        return random.Random(f"{how.seed}/begins/{index}").choice(SEEDS[_kind(index)].begins)
+        return random.Random(f"{how.seed}/begins/{index}").choice(_seed(index).begins)
 
     def asking(index: int) -> list[int]:
-        told = SEEDS[_kind(index)].told.format(passage=chunks.passage(index))
+        told = _seed(index).told.format(passage=chunks.passage(index))
         return [*prompt(told), *text_ids(tokenizer, begun(index))]
 
-    by_model = [index for index in range(how.conversations) if _kind(index) != COMPLETION]
+    by_model = [index for index in range(how.conversations) if kind(index) != COMPLETION]
 
-    def ask(left: Sequence[int]) -> Any:
+    def ask(left: Sequence[int]) -> Iterator[Lesson]:
         way = Generation(how.question_tokens, how.question_temperature, how.seed, stop_tokens, k=1, rows=how.rows)
         told = ((place, asking(by_model[place])) for place in left)
         return answers(SoftmaxTarget(model), told, way, lambda place: contexts(by_model[place]))
@@ -233,23 +241,38 @@ def study(
         for each in asked
         if len(each.answer)
     }
+    quoted = {index: chunks.passage(index) for index in questions if kind(index) == RECALL}
     for index in range(how.conversations):
-        if _kind(index) == COMPLETION and (beginning := chunks.beginning(index)) is not None:
-            questions[index] = _COMPLETE.format(beginning=beginning)
+        if kind(index) == COMPLETION and (found := chunks.to_complete(index)) is not None:
+            quoted[index], questions[index] = found[0], _COMPLETE.format(beginning=found[1])
     kept = sorted(questions)
     if not kept:
         raise OptionError(f"{corpus.name}: the model asked nothing; is it an instruct model?")
 
-    def answer(left: Sequence[int]) -> Any:
+    def quote(place: int) -> list[int]:
+        said = [*text_ids(tokenizer, quoted[kept[place]]), *stop_tokens[:1]]
+        return said[: how.answer_tokens]
+
+    def answer(left: Sequence[int]) -> Iterator[Lesson]:
+        target = SoftmaxTarget(model)
+        known = [i for i in left if kept[i] in quoted]
+        given = ((i, prompt(questions[kept[i]]), quote(i)) for i in known)
+        yield from judge_rows(target, given, how.k, how.rows, lambda i: contexts(kept[i]))
         way = Generation(how.answer_tokens, how.answer_temperature, how.seed + 1, stop_tokens, how.k, how.rows)
-        told = ((i, prompt(questions[kept[i]])) for i in left)
-        return answers(SoftmaxTarget(model), told, way, lambda i: contexts(kept[i]))
+        told = ((i, prompt(questions[kept[i]])) for i in left if kept[i] not in quoted)
+        for lesson in answers(target, told, way, lambda i: contexts(kept[i])):
+            yield _before_loops(lesson)
 
     cache = LessonCache.open(work / "answers", facts | {"stage": "answers"}, max_bytes)
     return complete(cache, len(kept), answer, lambda message: progress(f"answers: {message}"))
 
 
-def _kind(index: int) -> str:
+def _seed(index: int) -> Seed:
+    return SEEDS["question" if kind(index) == RECALL else kind(index)]
+
+
+def kind(index: int) -> str:
+    """What conversation ``index`` is: one of ``SEEDS``, RECALL or COMPLETION."""
     return _KINDS[index % len(_KINDS)]
 
 
@@ -260,8 +283,24 @@ def _clean(tokenizer: Any, tokens: torch.Tensor) -> str:
     return line[: line.index("?") + 1] if "?" in line else line
 
 
+def _before_loops(lesson: Lesson) -> Lesson:
+    """The answer up to where it says ``_LOOP`` tokens for the second time: nothing is learned from what follows."""
+    tokens = lesson.answer.tolist()
+    seen = set()
+    for start in range(len(tokens) - _LOOP + 1):
+        words = tuple(tokens[start : start + _LOOP])
+        if words in seen:
+            return _first(lesson, start)
+        seen.add(words)
+    return lesson
+
+
+def _first(lesson: Lesson, count: int) -> Lesson:
+    return replace(lesson, answer=lesson.answer[:count], ids=lesson.ids[:count], logp=lesson.logp[:count])
+
+
 def _digest_of_seeds() -> str:
-    return document.describe(repr((SEEDS, _COMPLETE, _KINDS)), 0).sha256
+    return document.describe(repr((SEEDS, _COMPLETE, _KINDS, _LOOP)), 0).sha256
 
 
 def cut(lessons: Sequence[Lesson], longest: int) -> list[Lesson]:
@@ -270,5 +309,5 @@ def cut(lessons: Sequence[Lesson], longest: int) -> list[Lesson]:
     for each in lessons:
         room = longest - len(each.prompt)
         if room >= 1:
-            kept.append(replace(each, answer=each.answer[:room], ids=each.ids[:room], logp=each.logp[:room]))
+            kept.append(_first(each, room))
     return kept
