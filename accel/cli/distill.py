@@ -212,7 +212,13 @@ def draft(
     help="A cartridge of one of the documents, to go on with instead. Repeatable.",
 )
 @click.option("--sink-tokens", type=int, default=1, show_default=True, help="First slots that training leaves alone.")
-@click.option("--conversations", type=int, default=1024, show_default=True, help="Questions that MODEL asks itself.")
+@click.option(
+    "--conversations",
+    type=int,
+    default=1024,
+    show_default=True,
+    help="Of MODEL with itself, about the longest document.",
+)
 @click.option("--shortest-chunk", type=int, default=256, show_default=True, help="Tokens in view of a conversation…")
 @click.option("--longest-chunk", type=int, default=1024, show_default=True, help="… at random between these.")
 @click.option("--per-chunk", type=int, default=16, show_default=True, help="Conversations about one piece.")
@@ -307,6 +313,7 @@ def _cartridge_plan(document: dict[str, Any]) -> str:
     disk = document["disk"]
     rows = [
         f"{each['name']}: {each['slots']} slots for {each['tokens']} tokens ({each['compression']}x)"
+        + (f", {each['conversations']} conversations" if "conversations" in each else "")
         for each in document["documents"]
     ]
     parts = ", ".join(f"{name} {_size(disk[name])}" for name in ("lessons", "checkpoints", "artifacts"))

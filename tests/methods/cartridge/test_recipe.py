@@ -62,7 +62,8 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_a_cartridge_is_trained_verified_and_read(folder: Path, corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "handbook-cartridge"
-    result = run("distill", "cartridge", folder, "--corpus", corpus, "--compression", 8, "--output", output, *SMALL)
+    size = ("--compression", 8, *SMALL, "--conversations", 160, "--steps", 40, "--learning-rate", 0.005)
+    result = run("distill", "cartridge", folder, "--corpus", corpus, "--output", output, *size)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # progress is for terminals
     assert "27 slots for 219 tokens (8.11x)" in result.stdout
@@ -72,7 +73,7 @@ def test_a_cartridge_is_trained_verified_and_read(folder: Path, corpus: Path, tm
     assert (parameters.tokens, parameters.positions, parameters.sink_tokens) == (27, 27, 1)
     assert parameters.documents[0].tokens == 219 and not parameters.exact and parameters.dtype == "bfloat16"
     assert manifest.base.name == str(folder) and manifest.made["command"].split()[0] == "accel"
-    assert len(manifest.made["losses"]) == 8
+    assert len(manifest.made["losses"]) == 40
     assert manifest.measured["divergence"] < manifest.measured["divergence_before"]
     verified = run("artifact", "verify", output)
     assert verified.exit_code == 0 and "all 4 checks passed" in verified.stdout
@@ -167,7 +168,13 @@ def test_a_plan_writes_nothing(folder: Path, corpus: Path, tmp_path: Path) -> No
     before = set(tmp_path.rglob("*"))
     result = run("distill", "cartridge", folder, "--corpus", corpus, "--compression", 4, "--plan", *SMALL)
     assert result.exit_code == 0 and "54 slots for 219 tokens" in result.stdout and "disk: at most" in result.stdout
+    assert "32 conversations" in result.stdout
     assert set(tmp_path.rglob("*")) == before
+    short = tmp_path / "short.txt"
+    short.write_text(TEXT[:73])  # a third of the document is asked about a third as often
+    both = ("--corpus", corpus, "--corpus", short)
+    result = run("distill", "cartridge", folder, *both, "--compression", 4, "--plan", "--json", *SMALL)
+    assert [each["conversations"] for each in json.loads(result.stdout)["documents"]] == [32, 11]
 
 
 @pytest.mark.parametrize(

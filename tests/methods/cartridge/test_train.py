@@ -169,6 +169,8 @@ def test_several_documents_learn_alone_and_together(tiny, tmp_path):
     members = [tuple(curriculum[step][1]) for step in range(60)]
     assert {(0,), (1,), (0, 1), (1, 0)} == set(members)
     assert members == [tuple(Curriculum(lessons, replace(HOW, steps=60))[step][1]) for step in range(60)]
+    uneven = Curriculum([lessons[0], lessons[1][:1]], replace(HOW, steps=600, together=0))
+    assert 440 < sum(uneven[step][1] == [0] for step in range(600)) < 560  # 5 lessons to 1
     slots = [Slots(document.read(model, doc[:7]), 1) for doc in docs]
 
     def joint():

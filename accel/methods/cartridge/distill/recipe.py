@@ -55,7 +55,7 @@ class Recipe:
     instruction: str = ""
     start: str = "chunks"
     sink_tokens: int = 1
-    # see Study
+    # about the longest document; see Study
     conversations: int = 1024
     shortest_chunk: int = 256
     longest_chunk: int = 1024
@@ -123,6 +123,7 @@ class Prepared:
     corpora: list[Corpus]
     ids: list[list[int]]
     slots: list[int]
+    studies: list[Study]
     lessons_bytes: int
     checkpoint_bytes: int
     artifact_bytes: int
@@ -136,6 +137,8 @@ class Prepared:
             {"name": corpus.name, "tokens": len(ids), "slots": slots, "compression": round(len(ids) / slots, 2)}
             for corpus, ids, slots in zip(self.corpora, self.ids, self.slots, strict=True)
         ]
+        for each, asked in zip(documents, self.studies, strict=False):  # none where nothing is trained
+            each["conversations"] = asked.conversations
         disk = {"lessons": self.lessons_bytes, "checkpoints": self.checkpoint_bytes, "artifacts": self.artifact_bytes}
         return {"documents": documents, "disk": disk | {"total": self.total_bytes}}
 
@@ -179,11 +182,21 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
         )
     geometry = Geometry.of(model.config)
     numbers = sum(2 * geometry.layers * geometry.kv_heads * geometry.head_dim * each for each in slots)
-    lessons = recipe.study.predicted_bytes() * len(corpora) if learns else 0
+    # a shorter document has less to ask about
+    shares = [len(each) / max(map(len, ids)) for each in ids]
+    asked = [max(round(recipe.conversations * share), 1) for share in shares]
+    studies = [dataclasses.replace(recipe.study, conversations=count) for count in asked] if learns else []
+    lessons = sum(each.predicted_bytes() for each in studies)
     # weights and two moments in fp32
     checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
     prepared = Prepared(
-        list(corpora), ids, slots, lessons, checkpoints, numbers * DTYPES[recipe.dtype].itemsize + _FRAME * len(corpora)
+        list(corpora),
+        ids,
+        slots,
+        studies,
+        lessons,
+        checkpoints,
+        numbers * DTYPES[recipe.dtype].itemsize + _FRAME * len(corpora),
     )
     if prepared.total_bytes > recipe.max_bytes:
         raise OptionError(
@@ -305,12 +318,12 @@ def _trained(
     base = asdict(describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed"))
     stop = stop_tokens(model, tokenizer)
     learned, unseen = [], []
-    for corpus in prepared.corpora:
+    for corpus, asked in zip(prepared.corpora, prepared.studies, strict=True):
         lessons = study(
             model,
             tokenizer,
             corpus,
-            recipe.study,
+            asked,
             work / corpus.name,
             base,
             stop,

@@ -56,7 +56,10 @@ class Training:
 
 
 class Curriculum:
-    """Which document a step is about, which of its batches, and who stands in front of it: a function of the step."""
+    """Which document a step is about, which of its batches, and who stands in front of it: a function of the step.
+
+    A document is taken as often as its share of the lessons is.
+    """
 
     def __init__(self, lessons: Sequence[Sequence[Lesson]], how: Training) -> None:
         self._sources = [Lessons(each, how.batch_tokens, how.seed + place) for place, each in enumerate(lessons)]
@@ -64,7 +67,7 @@ class Curriculum:
         counts = [0] * len(lessons)
         self._steps: list[tuple[int, int, list[int]]] = []
         for _ in range(how.steps):
-            about = chance.randrange(len(lessons))
+            (about,) = chance.choices(range(len(lessons)), weights=[len(each) for each in lessons])
             members = [about]
             if len(lessons) > 1 and chance.random() < how.together:
                 members = chance.sample(range(len(lessons)), len(lessons))
