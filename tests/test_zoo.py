@@ -71,6 +71,7 @@ def test_a_cartridge_is_small_and_of_the_document_that_is_asked_about(name: str)
     assert len({row["question"] for row in rows}) == len(rows) > 30
     for row in rows:
         assert row["category"] == name and row["answer"].lower() in text.lower() and row["question"] not in text
+        assert row["answer"].lower() in row["reply"].lower()
 
 
 def test_the_cartridges_were_trained_to_stand_together() -> None:
