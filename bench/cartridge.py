@@ -1,10 +1,10 @@
 """The suite `cartridge`: what a small cache keeps of what a document in the prompt gives, and what it saves.
 
 Questions with known answers are asked without the document, with all of it in the prompt, with as much of its beginning
-as a cartridge has slots, and behind each cartridge. Quality is the log-probability of the reply that gives the answer (a
-sentence where the file has one: how likely a bare word is depends on how a model begins its sentences) and whether greedy
-decoding says the answer; cost is bytes of keys and values, time to the first token, and decoding at several requests at
-once.
+as a cartridge has slots, and behind each cartridge. Quality is the log-probability of the reply that gives the answer
+(a sentence where the file has one: how likely a bare word is depends on how a model begins its sentences) and whether
+greedy decoding says the answer; cost is bytes of keys and values, time to the first token, and decoding at several
+requests at once.
 
 Several documents stand in the prompt one behind the other, and cartridges beside each other are one context more; the
 questions of each category are told apart, so that one sees whether every document is still answered.
