@@ -66,7 +66,8 @@ def test_a_cartridge_is_small_and_of_the_document_that_is_asked_about(name: str)
     text = (DATA / f"{name}.txt").read_text(encoding="utf-8")
     assert [each.sha256 for each in about.documents] == [document.describe(text, 0).sha256]
     assert about.tokens * 11 <= about.documents[0].tokens
-    assert manifest.measured["divergence"] < manifest.measured["divergence_before"]
+    # on conversations that were held out, in nats a token; about 1.2 before any training
+    assert manifest.measured["divergence"] < 0.3
     rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
     assert len({row["question"] for row in rows}) == len(rows) > 30
     for row in rows:
