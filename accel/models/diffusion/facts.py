@@ -19,6 +19,16 @@ from accel.kernels.unmask import RULES
 CONFIG_KEY = "accel_diffusion"
 
 
+def _is_token(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _tokens(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not all(_is_token(each) for each in value):
+        raise OptionError(f"{name}={value!r}: must be a list of token ids, integers ≥ 0")
+    return tuple(value)
+
+
 @dataclass(frozen=True)
 class DiffusionFacts:
     """What decoding must know of a checkpoint, and must never guess."""
@@ -190,13 +200,3 @@ def facts_for(config: Mapping[str, Any], where: str) -> DiffusionFacts:
         f"{where} is none of {'; '.join(each.name for each in KNOWN)} ({shown}): say what it is with "
         f'"{CONFIG_KEY}": {{"mask_token": …, "shift": …, "stop_tokens": […]}} in its config.json'
     )
-
-
-def _is_token(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _tokens(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or isinstance(value, str) or not all(_is_token(each) for each in value):
-        raise OptionError(f"{name}={value!r}: must be a list of token ids, integers ≥ 0")
-    return tuple(value)
