@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from accel.errors import IncompatibleError, ModelError
 from accel.models.diffusion.facts import DiffusionFacts
 
-# attention that adds a mask of floats to its scores; the fused ones take none of four dimensions
+# attention that takes any mask; other implementations build their own from lengths
 _TAKES_MASK = ("sdpa", "eager")
 # RMS of a difference over RMS of the logits, below which two readings of one row are the same reading
 _SAME = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -102,7 +102,8 @@ class Denoiser:
         self.max_positions: int | None = _max_positions(model, config)
         self._takes_positions = not self.is_masked_lm and "position_ids" in inspect.signature(model.forward).parameters
         self._takes_cache = not self.is_masked_lm and "past_key_values" in inspect.signature(model.forward).parameters
-        self._gathers = True
+        self._shift = int(facts.shift)
+        self._gathers = False
         self._refuse_what_cannot_be_read()
 
     @property
@@ -132,10 +133,14 @@ class Denoiser:
         """
         if not self._takes_cache or _has_windows(self.config):
             return False
+        training = self.model.training
         try:
+            self.model.eval()
             return self._cache_agrees()
         except Exception:  # a family whose layers want a cache of their own kind raises whatever it likes
             return False
+        finally:
+            self.model.train(training)
 
     @torch.no_grad()
     def open(
@@ -161,7 +166,7 @@ class Denoiser:
         """
         assert [len(row) for row in rows] == cache.lengths, "a cache is of the rows that it was opened with"
         device, width = self.device, max(cache.lengths)
-        first = [max(0, start - self.facts.shift) for start in cache.start]
+        first = [max(0, start - self._shift) for start in cache.start]
         end = cache.stop if cache.dual else cache.lengths
         windows = [row[a:b] for row, a, b in zip(rows, first, end, strict=True)]
         tokens = self._padded(windows)
@@ -219,12 +224,14 @@ class Denoiser:
         return pad_sequence([row.to(self.device) for row in rows], batch_first=True, padding_value=pad or 0)
 
     def _mask(self, lengths: Sequence[int], queries: int, width: int) -> Tensor:
-        """[R, 1, queries, width], added to attention scores: every query sees its row, and no padding."""
+        """[R, 1, queries, width]: every query sees its row, and no padding."""
         column = torch.arange(width, device=self.device)
-        hidden = column >= torch.tensor(lengths, device=self.device)[:, None]
-        low = torch.finfo(self.model.dtype).min
-        mask = torch.zeros(hidden.shape, dtype=self.model.dtype, device=self.device).masked_fill(hidden, low)
-        return mask[:, None, None].expand(-1, 1, queries, -1)
+        seen = column < torch.tensor(lengths, device=self.device)[:, None]
+        if self.config._attn_implementation == "eager":
+            # plain attention adds it to the scores; the fused one takes it as it is, whatever autocast makes of scores
+            low = torch.finfo(self.model.dtype).min
+            seen = torch.zeros(seen.shape, dtype=self.model.dtype, device=self.device).masked_fill(~seen, low)
+        return seen[:, None, None].expand(-1, 1, queries, -1)
 
     def _answers(
         self, inputs: dict[str, Any], lengths: Sequence[int], first: Sequence[int], at: Sequence[Tensor]
@@ -233,7 +240,7 @@ class Denoiser:
         width = inputs["input_ids"].shape[1]
         places = []
         for row, (begin, positions) in enumerate(zip(first, at, strict=True)):
-            asked = positions.to(self.device) - self.facts.shift
+            asked = positions.to(self.device) - self._shift
             places.append(asked.clamp(min=0) - begin + row * width)
         assert all(length > 0 for length in lengths), "a row has at least one token"
         logits = self._forward(inputs, torch.cat(places))
@@ -260,14 +267,17 @@ class Denoiser:
             )
         short, other, long = self._trial_rows()
         everywhere = torch.arange(len(short))
+        training = self.model.training
         try:
-            (alone,) = self.logits([short], [everywhere])
-            self._gathers = False
+            # dropout would make every reading another one
+            self.model.eval()
             (whole,) = self.logits([short], [everywhere])
-            self._gathers = self._same(alone, whole)
+            self._gathers = self._gathering_agrees(short, whole)
             together, changed, _ = self.logits([short, other, long], [everywhere, everywhere, everywhere])
         except Exception as error:  # whatever a class raises for a mask that it does not expect
             raise ModelError(f"{name} cannot be read in both directions: {_first_line(error)}") from error
+        finally:
+            self.model.train(training)
         if self._same(together[:1], changed[:1]):
             raise ModelError(
                 f"{name} reads from left to right only, whatever mask it is given: masked diffusion needs a model "
@@ -275,6 +285,15 @@ class Denoiser:
             )
         if not self._same(together, whole):
             raise ModelError(f"{name} sees padding behind a row: rows of different length cannot be decoded together")
+
+    def _gathering_agrees(self, row: Tensor, whole: Tensor) -> bool:
+        """Whether the head may be applied to single positions: not where a class does more with its whole output."""
+        self._gathers = True
+        try:
+            (gathered,) = self.logits([row], [torch.arange(len(row))])
+        except Exception:  # the shape of its output is the class's own business
+            return False
+        return self._same(gathered, whole)
 
     def _cache_agrees(self) -> bool:
         """Whether a block read again at once, in front of kept keys and values, says what the whole rows said."""
