@@ -289,11 +289,12 @@ class Denoiser:
     def _gathering_agrees(self, row: Tensor, whole: Tensor) -> bool:
         """Whether the head may be applied to single positions: not where a class does more with its whole output."""
         self._gathers = True
+        some = torch.tensor([3, 1])
         try:
-            (gathered,) = self.logits([row], [torch.arange(len(row))])
+            (gathered,) = self.logits([row], [some])
         except Exception:  # the shape of its output is the class's own business
             return False
-        return self._same(gathered, whole)
+        return self._same(gathered, whole[some.to(whole.device)])
 
     def _cache_agrees(self) -> bool:
         """Whether a block read again at once, in front of kept keys and values, says what the whole rows said."""
