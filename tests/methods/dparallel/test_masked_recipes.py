@@ -10,7 +10,7 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from click.testing import CliRunner, Result
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 import accel
 from accel.artifacts import open_artifact, update, verify
@@ -116,7 +116,7 @@ def test_dparallel_learns_its_own_right_answers(base, prompts, tmp_path):
     assert manifest.made["teacher"]["weights_digest"] == weights_digest(load_model(base)[0])
     assert {"teacher", "student", "hidden_tokens"} <= set(manifest.measured)
     assert manifest.measured["student"]["threshold"]["accuracy"] is not None
-    assert f"answers: {answers['kept']} of {answers['written']} learned" in result.stdout
+    assert f"answers: {answers['kept']} of {answers['written']} learned" in result.stdout and result.stderr == ""
     # weights moved, and merged additions are all that did
     before, after = (load_model(folder)[0].state_dict() for folder in (base, output))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -255,6 +255,30 @@ def test_what_does_not_fit_together_is_refused(causal, base, prompts, tmp_path):
     with pytest.raises(OptionError, match="none of 9 answers is worth learning"):
         distill(model, tokenizer, read([hard]), DParallel(**small), tmp_path / "work", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_masked_lm_class_stays_what_it_is(prompts, tmp_path):
+    """Bert with facts in its config: no causal class, no rotation, its own positions."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"mask_token": "[MASK]", "pad_token": "[PAD]"})
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        pad_token_id=tokenizer.pad_token_id,
+        accel_diffusion={"mask_token": tokenizer.mask_token_id, "stop_tokens": [0], "block_length": 4},
+    )
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    model, tokenizer = load_model(tmp_path / "bert")
+    recipe = DParallel(data="file", longest_prompt=8, max_new_tokens=4, steps=2, batch_tokens=64, lora_rank=0)
+    made = distill(model, tokenizer, read([prompts]), recipe, tmp_path / "work", tmp_path / "out")
+    loaded, _ = load_model(made.path)
+    assert isinstance(loaded, BertForMaskedLM) and facts_of(loaded) == facts_in(made)
+    assert len(accel.load(str(made.path)).generate("12=", max_new_tokens=4)) > 0
 
 
 def test_a2d_learns_what_the_causal_model_says(causal, prompts, tmp_path):

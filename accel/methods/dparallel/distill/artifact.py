@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from accel.artifacts import Artifact, BaseModel, Manifest, save, update
 from accel.artifacts.manifest import FILE_SUFFIXES
 from accel.errors import ArtifactError
+from accel.models.aliases import progress_only_on_terminal
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts, set_facts
 
 KIND = "dparallel"
@@ -60,7 +61,8 @@ def write(
     shutil.rmtree(draft, ignore_errors=True)
     try:
         saved = model.to(DTYPES[dtype])
-        saved.save_pretrained(draft, max_shard_size=_SHARD)
+        with progress_only_on_terminal():
+            saved.save_pretrained(draft, max_shard_size=_SHARD)
         tokenizer.save_pretrained(draft)
         tensors, texts = _files(draft)
         manifest = Manifest(
