@@ -7,12 +7,19 @@ import math
 
 import pytest
 import torch
+import toy_denoiser
+from masked_loop import one_by_one
 from transformers.generation import logits_process as hf
 
 from accel.errors import AccelError
 from accel.kernels.unmask import certainty
 from accel.sampling import LogitsPipeline
 from accel.types import Stats
+
+
+@pytest.fixture
+def toys():
+    return toy_denoiser
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -22,7 +29,7 @@ def test_rows_follow_the_loop(toys, rule, threshold, strict) -> None:
     prompts = toys.prompts(5)
     made = toys.run(denoiser, {}, prompts, 12)
     plan = {"mask": toys.MASK, "block": 4, "rule": rule, "threshold": threshold, "strict": strict}
-    expected = [toys.one_by_one(denoiser.of, prompt, 12, **plan) for prompt in prompts]
+    expected = [one_by_one(denoiser.of, prompt, 12, **plan) for prompt in prompts]
     assert made.new == [tokens for tokens, _ in expected]
     forwards = [count for _, count in expected]
     # neither one token a forward nor one forward a block, or the test would say nothing of the rule

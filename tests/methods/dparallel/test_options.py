@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 
 import pytest
+import toy_denoiser
 
 from accel.errors import OptionError
 from accel.methods.dparallel.options import DParallelOptions, Plan
+
+
+@pytest.fixture
+def toys():
+    return toy_denoiser
+
 
 WRONG = {
     "rule": ({"rule": "entrpy"}, "top_k_entropy"),
