@@ -48,6 +48,7 @@ $(LINKS): accel/%:
 
 demo: setup
 	$(BIN)/accel bench
+	$(BIN)/accel bench --suite cartridge --limit 16 --concurrency 1,4 --repeat 1
 
 test: setup lint types
 	$(BIN)/python -m pytest

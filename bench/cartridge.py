@@ -1,8 +1,10 @@
 """The suite `cartridge`: what a small cache keeps of what a document in the prompt gives, and what it saves.
 
 Questions with known answers are asked without the document, with all of it in the prompt, with as much of its beginning
-as a cartridge has slots, and behind each cartridge. Quality is the answers' log-probability and whether greedy decoding
-says them; cost is bytes of keys and values, time to the first token, and decoding at several requests at once.
+as a cartridge has slots, and behind each cartridge. Quality is the log-probability of the reply that gives the answer
+(a sentence where the file has one: how likely a bare word is depends on how a model begins its sentences) and whether
+greedy decoding says the answer; cost is bytes of keys and values, time to the first token, and decoding at several
+requests at once.
 
 Several documents stand in the prompt one behind the other, and cartridges beside each other are one context more; the
 questions of each category are told apart, so that one sees whether every document is still answered.
@@ -47,7 +49,7 @@ ROWS = 16
 
 @dataclass(frozen=True)
 class Plan:
-    """``corpora``: the documents' files; ``questions``: JSON lines with question, answer and perhaps category.
+    """``corpora``: the documents' files; ``questions``: JSON lines with question, answer, perhaps reply and category.
 
     Each of ``artifacts`` is a cartridge, or several with ``BESIDE`` between them that stand together in that order.
     """
@@ -126,7 +128,7 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     if len({context.name for context in contexts}) < len(contexts):
         raise OptionError(f"-a {', '.join(plan.artifacts)}: two of these have the same name; compare them one by one")
     asked = [query_ids(tokenizer, [{"role": "user", "content": p.turns[0]}], first.template) for p in prompts]
-    answers = [tokenizer(p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
+    answers = [tokenizer(p.reply or p.answer, add_special_tokens=False)["input_ids"] for p in prompts]
     told("proving the path …")
     proved = parity.ratio(model, full_ids, asked[:1])
     if proved > parity.tolerance(model):

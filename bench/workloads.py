@@ -31,12 +31,16 @@ class WorkloadError(AccelError, ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question: ``turns`` are the user's messages in order; ``answer`` is the file's own, where it has one."""
+    """One question: ``turns`` are the user's messages in order; ``answer`` is the file's own, where it has one.
+
+    ``reply``: the answer as a whole sentence, as a model would say it.
+    """
 
     id: str
     category: str
     turns: tuple[str, ...]
     answer: str | None = None
+    reply: str | None = None
 
     @property
     def group(self) -> str:
@@ -95,7 +99,7 @@ def load_jsonl(path: str | Path) -> list[Prompt]:
     """Read JSON lines: ``question_id``, ``category`` and ``turns`` (Spec-Bench), or ``question`` and ``answer``.
 
     A question's id is the number of its line. Its category, where it gives none, is "gsm8k" if the answer has GSM8K's
-    mark before the number that is asked for, else "question"; the answer may be missing.
+    mark before the number that is asked for, else "question"; answer and ``reply`` may be missing.
     """
     path = Path(path)
     try:
@@ -138,12 +142,14 @@ def _question(row: dict[str, Any], where: str, number: int) -> Prompt:
     question, answer = row["question"], row.get("answer")
     if not isinstance(question, str) or not question.strip():
         raise WorkloadError(f"{where}: question must be a non-empty string, got {question!r:.60}")
-    if answer is not None and not isinstance(answer, str):
-        raise WorkloadError(f"{where}: answer must be a string, got {answer!r:.60}")
+    reply = row.get("reply")
+    for name, value in (("answer", answer), ("reply", reply)):
+        if value is not None and not isinstance(value, str):
+            raise WorkloadError(f"{where}: {name} must be a string, got {value!r:.60}")
     category = row.get("category", "gsm8k" if answer is not None and GSM8K_MARK in answer else "question")
     if not isinstance(category, str):
         raise WorkloadError(f"{where}: category must be a string, got {category!r:.60}")
-    return Prompt(str(number), category, (question,), answer)
+    return Prompt(str(number), category, (question,), answer, reply)
 
 
 def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
@@ -167,8 +173,8 @@ def sample(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """A sha256 that changes when any prompt, its answer, or their order does."""
-    rows = [(p.id, p.category, p.turns, *([] if p.answer is None else [p.answer])) for p in prompts]
+    """A sha256 that changes when any prompt, its answer or reply, or their order does."""
+    rows = [(p.id, p.category, p.turns, *(each for each in (p.answer, p.reply) if each is not None)) for p in prompts]
     text = json.dumps(rows, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

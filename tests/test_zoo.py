@@ -10,14 +10,19 @@ from pathlib import Path
 import pytest
 
 from accel.artifacts import Found, list_artifacts, open_artifact, verify
-from accel.cli.common import DEFAULT_DRAFT, DEFAULT_MODEL
+from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MODEL
+from accel.methods.cartridge import document
+from accel.methods.cartridge.cartridge import Parameters
 
 ZOO = Path(__file__).parent.parent / "accel" / "zoo"
+DATA = ZOO.parent.parent / "bench" / "data"
 EMBEDDED = list_artifacts([ZOO])
+# what another one's recipe makes too
+RECIPES = {"smollm2-135m-railway": DEFAULT_CARTRIDGE}
 
 
-def test_the_default_draft_is_there() -> None:
-    assert DEFAULT_DRAFT in [found.id for found in EMBEDDED]
+def test_the_defaults_are_there() -> None:
+    assert {DEFAULT_DRAFT, DEFAULT_CARTRIDGE} <= {found.id for found in EMBEDDED}
 
 
 @pytest.mark.parametrize("found", EMBEDDED, ids=lambda found: found.id)
@@ -26,15 +31,15 @@ def test_an_embedded_artifact_is_whole_and_listed(found: Found) -> None:
     assert [check for check in verify(artifact) if not check.ok] == []
     listed = (ZOO / "README.md").read_text(encoding="utf-8")
     assert f"| `{found.id}` | {artifact.manifest.kind}" in listed
-    assert (ZOO / "recipes" / found.id / "README.md").exists()
+    assert (_recipe(found) / "README.md").exists()
 
 
 @pytest.mark.parametrize("found", EMBEDDED, ids=lambda found: found.id)
 def test_its_recipe_is_the_command_that_made_it(found: Found) -> None:
     made = open_artifact(found.path).manifest.made
-    script = (ZOO / "recipes" / found.id / "make.sh").read_text(encoding="utf-8")
-    command = next(line for line in script.replace("\\\n", " ").splitlines() if line.startswith("accel "))
-    assert shlex.split(command.replace('"$@"', "")) == shlex.split(made["command"])
+    script = (_recipe(found) / "make.sh").read_text(encoding="utf-8")
+    lines = script.replace("\\\n", " ").replace('"$@"', "").splitlines()
+    assert shlex.split(made["command"]) in [shlex.split(line) for line in lines if line.startswith("accel ")]
     assert made["seed"] is not None and made["data_digest"]
 
 
@@ -51,6 +56,32 @@ def test_its_prompts_are_none_of_the_benchmarks() -> None:
     learned = {_words(row.get("question") or row["prompt"]) for row in map(json.loads, prompts)}
     asked = (ZOO.parent.parent / "bench" / "data" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
     assert not learned & {_words(turn) for row in map(json.loads, asked) for turn in row["turns"]}
+
+
+@pytest.mark.parametrize("name", ["handbook", "railway"])
+def test_a_cartridge_is_small_and_of_the_document_that_is_asked_about(name: str) -> None:
+    manifest = open_artifact(ZOO / f"smollm2-135m-{name}").manifest
+    about = Parameters.parse(manifest.parameters, name)
+    assert manifest.base.name == DEFAULT_MODEL and about.method == "self-study"
+    text = (DATA / f"{name}.txt").read_text(encoding="utf-8")
+    assert [each.sha256 for each in about.documents] == [document.describe(text, 0).sha256]
+    assert about.tokens * 11 <= about.documents[0].tokens
+    assert manifest.measured["divergence"] < manifest.measured["divergence_before"]
+    rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len({row["question"] for row in rows}) == len(rows) > 30
+    for row in rows:
+        assert row["category"] == name and row["answer"].lower() in text.lower() and row["question"] not in text
+        assert row["answer"].lower() in row["reply"].lower()
+
+
+def test_the_cartridges_were_trained_to_stand_together() -> None:
+    both = [open_artifact(ZOO / f"smollm2-135m-{name}").manifest.parameters for name in ("handbook", "railway")]
+    for one, other in (both, both[::-1]):
+        assert one["trained_with"] == [each["sha256"] for each in other["documents"]]
+
+
+def _recipe(found: Found) -> Path:
+    return ZOO / "recipes" / RECIPES.get(found.id, found.id)
 
 
 def _words(text: str) -> str:

@@ -226,7 +226,9 @@ def draft(
 @click.option("--question-tokens", type=int, default=48, show_default=True, help="Length limit of questions.")
 @click.option("--answer-tokens", type=int, default=96, show_default=True, help="Length limit of answers.")
 @click.option("--k", type=int, default=32, show_default=True, help="Tokens of MODEL's distribution kept a position.")
+@click.option("--rows", type=int, default=32, show_default=True, help="Conversations that decode at once.")
 @click.option("--steps", type=int, default=400, show_default=True, help="Training steps.")
+@click.option("--checkpoint-every", type=int, default=50, show_default=True, help="Steps that a kill loses at most.")
 @click.option("--batch-tokens", type=int, default=2048, show_default=True, help="Tokens of a batch, with padding.")
 @click.option("--learning-rate", type=float, default=0.02, show_default=True, help="At its peak.")
 @click.option(

@@ -82,7 +82,13 @@ def test_documents_together_and_apart(made, model, tokenizer, quick, tmp_path) -
     about = {"template": "text", "documents": (document.describe(other, len(ids)),)}
     Cartridge.of("b", document.read(model, ids), model, tokenizer, method="whole", **about).save(tmp_path / "b")
     asked = [each | {"category": "ferry"} for each in QUESTIONS]
-    asked.append({"question": "What does it pull?", "answer": "seven wagons", "category": "engine"})
+    engine = {
+        "question": "What does it pull?",
+        "answer": "seven",
+        "reply": "It pulls seven wagons.",
+        "category": "engine",
+    }
+    asked.append(engine)
     (tmp_path / "both.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     together = f"{made['all']}+{tmp_path / 'b'}"
     arguments = [made["model"], "--suite", "cartridge", "-a", made["all"], "-a", together, "--max-new-tokens", 4, *FEW]
@@ -105,7 +111,7 @@ def test_documents_together_and_apart(made, model, tokenizer, quick, tmp_path) -
         model,
         [document.read(model, tokenizer(TEXT)["input_ids"]), document.read(model, ids)],
         [query_ids(tokenizer, [{"role": "user", "content": "What does it pull?"}], "text")],
-        [tokenizer("seven wagons", add_special_tokens=False)["input_ids"]],
+        [tokenizer("It pulls seven wagons.", add_special_tokens=False)["input_ids"]],
     )
     assert contexts["all+b"]["categories"]["engine"]["log_probability"] == pytest.approx(apart[0], abs=1e-3)
     assert "2 documents" in result.stdout and "engine" in result.stdout

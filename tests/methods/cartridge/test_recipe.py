@@ -102,6 +102,15 @@ def test_a_killed_run_goes_on_and_a_finished_one_is_not_overwritten(
     assert again.exit_code != 0 and "exists already" in again.output
 
 
+def test_another_size_learns_from_the_same_conversations(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    common = ["distill", "cartridge", folder, "--corpus", corpus, "--work", tmp_path / "work", *SMALL]
+    assert run(*common, "--tokens", 20, "--output", tmp_path / "a").exit_code == 0
+    lessons = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "handbook").rglob("*.safetensors")}
+    assert run(*common, "--tokens", 10, "--output", tmp_path / "b").exit_code == 0
+    assert lessons and lessons == {path: path.stat().st_mtime_ns for path in lessons}
+    assert len(list((tmp_path / "work").glob("training-*"))) == 2
+
+
 def test_the_quick_fit_and_the_whole(folder: Path, corpus: Path, tmp_path: Path) -> None:
     common = ["--corpus", corpus, "--template", "text"]
     quick = run(

@@ -6,6 +6,8 @@ Each step resumes: conversations go on behind the last shard, training behind th
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -224,7 +226,8 @@ def distill_cartridges(
 
     ``begun``: cartridges of any of these documents whose training goes on, instead of beginning at ``recipe.start``.
 
-    ``work`` keeps conversations and checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
+    ``work`` keeps conversations and checkpoints, so that a run that was killed goes on, and another recipe with the
+    same conversations finds them; it may be deleted afterwards.
     ``name``: what the manifest calls the model; ``command``: how this was called.
     """
     for output in outputs:
@@ -353,7 +356,7 @@ def _trained(
         slots,
         learned,
         recipe.training,
-        work / "training",
+        work / f"training-{_digest(made_from)}",
         made_from=made_from,
         progress=lambda row: progress(
             f"training: step {row['step'] + 1} of {recipe.steps} · loss {row['loss']:.3f} · about "
@@ -371,6 +374,11 @@ def _trained(
         for one, lessons, held, start in zip(slots, learned, unseen, before, strict=True)
     ]
     return [each.segment(model.dtype) for each in slots], [row["loss"] for row in rows], measured
+
+
+def _digest(choices: Mapping[str, Any]) -> str:
+    """Names a training: others of the same conversations, in another size or at another rate, stand beside it."""
+    return hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 @torch.no_grad()
