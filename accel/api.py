@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from accel.engine.attached import SHARED_OPTIONS, STATE, Attached
+from accel.engine.attached import SHARED_OPTIONS, STATE, Attached, method_for
 from accel.errors import AccelError, ModelError, OptionError
-from accel.methods import get
 from accel.methods.cartridge import template
 from accel.methods.cartridge.store import CartridgeStore
 from accel.models.loading import load_model
@@ -33,7 +32,8 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft, or a
     ``Drafter``; and any number of cartridges (paths, ids, ``Cartridge`` objects), which stand in front of every prompt
     in the order given unless a call says ``generate(…, cartridges=[…])``. ``method``: "speculative" (the default;
-    lossless unless lenience is asked for) or "plain". ``options``: the method's own (listed by ``accel methods``), and
+    lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
+    take no artifacts. ``options``: the method's own (listed by ``accel methods``), and
     for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run
     on a CPU). ``log``: a file to which each finished row's prompt and new tokens are appended, for ``accel distill
     draft``; ``log_max_bytes`` (100 MB) bounds it and the older ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it
@@ -66,7 +66,7 @@ def generate(
 
     The method's options (``drafter=``, ``draft_length=``, …) may stand among the keyword arguments.
     """
-    cls = get(method or "speculative").load_options()
+    cls = method_for(model, method).load_options()
     names = {field.name for field in dataclasses.fields(cls)} if cls else set()
     # transformers' own generate() takes a tokenizer too
     names |= set(SHARED_OPTIONS) - {"tokenizer"}

@@ -41,12 +41,16 @@ class Request:
 
 @dataclass(frozen=True)
 class Emission:
-    """Tokens of one row that are now final, in order; ``logits`` and ``scores`` [k, V] when asked for."""
+    """Tokens of one row that are now final, in order; ``logits`` and ``scores`` [k, V] when asked for.
+
+    ``prompt``: where the prompt had gaps, what it became, once: no later than with the row's first tokens.
+    """
 
     request_id: int
     tokens: list[int]
     logits: Tensor | None = None
     scores: Tensor | None = None
+    prompt: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,8 @@ class Chunk:
     late: bool = False
     logits: Tensor | None = None
     scores: Tensor | None = None
+    # the prompt without its gaps, where it had some
+    prompt: list[int] | None = None
 
 
 @dataclass

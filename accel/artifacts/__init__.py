@@ -4,7 +4,7 @@ from accel.artifacts.checks import Check, non_finite
 from accel.artifacts.digest import config_digest, describe_base, file_digest, stable_settings, tokenizer_digest
 from accel.artifacts.manifest import FORMAT_VERSION, KINDS, MANIFEST_NAME, BaseModel, FileEntry, Manifest
 from accel.artifacts.resolve import Found, cache_folder, default_roots, list_artifacts, resolve
-from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, verify
+from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, update, verify
 
 __all__ = [
     "FORMAT_VERSION",
@@ -30,5 +30,6 @@ __all__ = [
     "save",
     "stable_settings",
     "tokenizer_digest",
+    "update",
     "verify",
 ]

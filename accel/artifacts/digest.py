@@ -15,7 +15,8 @@ from accel.artifacts.manifest import BaseModel
 from accel.errors import ArtifactError
 
 # What can change without the network computing anything else: where it came from, in which precision it is held,
-# how its outputs are packed, and special token ids, which belong to generation (people set pad_token_id by hand).
+# how its outputs are packed, special token ids, which belong to generation (people set pad_token_id by hand), and how
+# a masked-diffusion model is decoded.
 _VOLATILE_KEYS = frozenset(
     {
         "transformers_version",
@@ -37,6 +38,7 @@ _VOLATILE_KEYS = frozenset(
         "eos_token_id",
         "unk_token_id",
         "sep_token_id",
+        "accel_diffusion",
     }
 )
 

@@ -103,6 +103,37 @@ def save(
     return open_artifact(target)
 
 
+def update(artifact: Artifact, manifest: Manifest, texts: Mapping[str, str]) -> Artifact:
+    """Give an artifact another manifest and other text files of the same names; the rest stays as it is, unread.
+
+    Manifest and texts change together or not at all, and large files are not written again where the file system has
+    hard links.
+    """
+    for name in texts:
+        if name not in artifact.manifest.files or name.endswith(".safetensors"):
+            raise ArtifactError(f"update() replaces text files that the artifact has: {name!r} is none of them")
+    target = artifact.path
+    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
+    files = dict(artifact.manifest.files)
+    try:
+        work.mkdir()
+        for name in files:
+            if name not in texts:
+                _link(target / name, work / name)
+        files |= {name: _write(work, name, text.encode()) for name, text in texts.items()}
+        text = dataclasses.replace(manifest, files=files).to_json()
+        Manifest.from_json(text)  # what we could not read back is not written
+        _write(work, MANIFEST_NAME, text.encode())
+        for parent, _, _ in os.walk(work):
+            _sync_folder(Path(parent))
+        _move_into_place(work, target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write the artifact {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return open_artifact(target)
+
+
 def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a folder, checked for form; the files it lists are not looked at."""
     folder = Path(folder)
@@ -191,6 +222,17 @@ def _write(folder: Path, name: str, data: bytes) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(sha256=file_digest(path), bytes=len(data))
+
+
+def _link(source: Path, place: Path) -> None:
+    """One file under two names, or a copy where the file system has no such links."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    # a link of ours must be to the data, not to a link
+    real = source.resolve()
+    try:
+        os.link(real, place)
+    except OSError:
+        shutil.copy2(real, place)
 
 
 def _sync_folder(folder: Path) -> None:

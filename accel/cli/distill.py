@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from accel.cli import distill_masked
 from accel.cli.common import DEFAULT_MODEL, Progress, emit, json_option, parse_bytes
 from accel.errors import OptionError
 
@@ -376,3 +377,7 @@ def _report(artifact: Artifact, prepared: Prepared) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+for _command in (distill_masked.a2d, distill_masked.dparallel, distill_masked.calibrate):
+    distill.add_command(_command)

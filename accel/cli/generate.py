@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @model_option
 @artifact_option
 @options_option
-@click.option("--method", metavar="NAME", help="Decoding method, see `accel methods`. [default: speculative]")
+@click.option("--method", metavar="NAME", help="Decoding method, see `accel methods`. [default: the one for the model]")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True, help="Length limit.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Nucleus sampling.")
@@ -125,13 +125,17 @@ def _pieces(loaded: Model, text: str, raw: bool, **settings: Any) -> Iterator[st
         yield from loaded.stream(text, **settings)
 
 
+def _forwards(stats: Stats) -> str:
+    return f"{stats.tokens_per_forward:.2f} tokens a forward ({stats.target_calls} forwards)"
+
+
 def _summary(stats: Stats) -> str:
     seconds = sum(stats.seconds.values())
     parts = [
         f"{stats.generated_tokens} tokens in {seconds:.2f} s",
         f"{stats.generated_tokens / max(seconds, 1e-9):.1f} tokens/s",
         f"{stats.method}, {'lossless' if stats.lossless else 'lossy'}",
-        f"τ {stats.mean_accepted_length:.2f}",
+        f"τ {stats.mean_accepted_length:.2f}" if stats.method != "dparallel" else _forwards(stats),
     ]
     if stats.acceptance_rate is not None:
         parts.append(f"{stats.accepted_tokens} of {stats.drafted_tokens} drafted tokens accepted")

@@ -18,10 +18,11 @@ from accel.axes import Decoder
 from accel.drafters.base import Drafter
 from accel.engine.cartridges import Cartridges, Seat, notes
 from accel.engine.drafts import drafter_from
-from accel.engine.transformers_call import DecoderFactory, PreparedCall
+from accel.engine.transformers_call import Decoding, PreparedCall
 from accel.errors import AccelError, IncompatibleError, OptionError
-from accel.methods import get
+from accel.methods import MethodInfo, get
 from accel.models import cpu_linear
+from accel.models.diffusion import CONFIG_KEY, Denoiser, facts_of
 from accel.models.softmax_target import SoftmaxTarget
 from accel.request_log import RequestLog
 from accel.types import Stats, options_from
@@ -61,7 +62,9 @@ class Attached:
         self, model: PreTrainedModel, artifacts: Sequence[object], method: str | None, options: dict[str, Any]
     ) -> None:
         self.model = model
-        self.method = get(method or "speculative")
+        # None for a model that reads from left to right
+        self.facts = facts_of(model)
+        self.method = method_for(model, method)
         shared = {name: options.pop(name) for name in SHARED_OPTIONS if name in options}
         self.seed: int | None = _checked_seed(shared.get("seed"))
         self.cpu_linear: str = shared.get("cpu_linear", "auto")
@@ -69,18 +72,18 @@ class Attached:
         drafts = [each for each, cartridge in zip(artifacts, claimed, strict=True) if cartridge is None]
         # somebody chose to speculate, so that a call which cannot is an error and not a fallback
         self.insists = bool(drafts) or method is not None or bool(options)
-        if self.method.axis != "decoder":
-            raise OptionError(
-                f"method {self.method.name!r} is on the {self.method.axis} axis and decodes nothing: pass its artifact "
-                "and leave method out"
-            )
         cls = self.method.load_options()
         assert cls is not None, "every decoder has options"
         self.options = options_from(cls, options, f"method {self.method.name!r}")
+        self._denoiser: Denoiser | None = None
+        if self.facts is not None:
+            self.options.plan(self.facts)  # choices that do not go with the model are refused here
+            self._read_both_ways()
         self.draft = self._draft(drafts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
         self.cartridges = Cartridges(model, self.draft, shared.get("tokenizer"), shared.get("cartridge_max_bytes"))
         for cartridge in claimed:
             if cartridge is not None:
+                self._check_causal("a cartridge")
                 self.cartridges.attach(cartridge)
         self.stats = Stats()
         self._said: set[str] = set()
@@ -153,13 +156,17 @@ class Attached:
         self.stats = Stats()
         plain_generate = type(self.model).generate
         self.stats.cartridges = list(dict.fromkeys(each.name for seat in seats for each in seat.cartridges))
+        if self.stats.cartridges:
+            self._check_causal("a cartridge")
         for note in notes(seats):
             self._say(note)
         if reason is not None:
             self._leave_to_transformers(reason)
             return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
         kwargs.pop("custom_generate", None)
-        factory = self._factory_for_call(settings, kwargs)
+        if self.facts is not None:
+            self._use_facts(settings, kwargs)
+        decoding = self._decoding_for_call(settings, kwargs)
         criteria = StoppingCriteriaList(stopping_criteria or [])
         if settings["stop_strings"] is not None:
             if kwargs.get("tokenizer") is None:
@@ -178,7 +185,7 @@ class Attached:
                 config,
                 logits_processor,
                 criteria,
-                custom_generate=self._decoding_method(factory, kwargs.get("streamer"), seats),
+                custom_generate=self._decoding_method(decoding, kwargs.get("streamer"), seats),
                 **kwargs,
             )
 
@@ -214,13 +221,14 @@ class Attached:
             )
         return f"{name} is transformers' own"
 
-    def _factory_for_call(self, settings: _Settings, kwargs: dict[str, Any]) -> DecoderFactory:
+    def _decoding_for_call(self, settings: _Settings, kwargs: dict[str, Any]) -> Decoding:
         """How this call decodes: as attached, or as transformers' own assistant arguments say."""
         assistant = kwargs.pop("assistant_model", None)
         assistant_tokenizer = kwargs.pop("assistant_tokenizer", None)
         lookup, num_tokens = settings["prompt_lookup_num_tokens"], settings["num_assistant_tokens"]
         method, options, draft = self.method, self.options, self.draft
         if assistant is not None or lookup is not None:
+            self._check_causal("assistant_model" if assistant is not None else "prompt_lookup_num_tokens")
             method = get("speculative")
             length = lookup if assistant is None else num_tokens
             cls = method.load_options()
@@ -231,16 +239,50 @@ class Attached:
             if assistant is not None:
                 draft = self._assistant(assistant, kwargs.get("tokenizer"), assistant_tokenizer)
 
-        def make(target: SoftmaxTarget, stats: Stats, in_step: bool) -> Decoder:
+        def make(target: Any, stats: Stats, in_step: bool) -> Decoder:
+            if method.decodes == "masked":
+                if in_step:
+                    raise IncompatibleError(
+                        "a custom processor or criterion, or one without an end-of-sequence token, needs the rows of a "
+                        "batch at the same length, and masks are filled at each row's own pace: leave it out, or pass "
+                        "one row at a time"
+                    )
+                return method.load()(target, options, stats)
             if method.name == "plain" or in_step:
                 if method.name != "plain":
                     self._say("decoded plainly: a custom processor or criterion looks at the whole batch", stats)
                 return get("plain").load()(target, get("plain").load_options()(), stats)  # type: ignore[misc]
             return method.load()(target, options, stats, self._speculator(options, draft))
 
-        return make
+        return Decoding(SoftmaxTarget(self.model) if self.facts is None else self._read_both_ways(), make)
 
-    def _decoding_method(self, factory: DecoderFactory, streamer: Any, seats: Sequence[Seat]) -> Any:
+    def _read_both_ways(self) -> Denoiser:
+        """The model's denoiser, made once: whether a model can be read without causality is tried on it."""
+        assert self.facts is not None
+        if self._denoiser is None or self._denoiser.device != self.model.device:
+            self._denoiser = Denoiser(self.model, self.facts)
+        return self._denoiser
+
+    def _use_facts(self, settings: _Settings, kwargs: dict[str, Any]) -> None:
+        """What the call itself leaves open about its end: the facts know better than a causal family's defaults."""
+        assert self.facts is not None
+        known = {"eos_token_id": list(self.facts.stop_tokens) or None, "pad_token_id": self.facts.pad_token}
+        for name, value in known.items():
+            if value is not None and settings.of_call(name) is None:
+                kwargs[name] = value
+        kinds = kwargs.get("token_type_ids")
+        # zeros are what a model with such types assumes by itself, for the canvas too
+        if isinstance(kinds, Tensor) and hasattr(self.model.config, "type_vocab_size") and not bool(kinds.any()):
+            del kwargs["token_type_ids"]
+
+    def _check_causal(self, what: str) -> None:
+        if self.facts is not None:
+            raise IncompatibleError(
+                f"{what} with {type(self.model).__name__}, a masked-diffusion model: it serves models that read from "
+                "left to right; leave it out"
+            )
+
+    def _decoding_method(self, decoding: Decoding, streamer: Any, seats: Sequence[Seat]) -> Any:
         """The callable for transformers' seam."""
 
         def decode(
@@ -262,9 +304,9 @@ class Attached:
                 self.seed,
                 seats,
             )
-            obstacle = call.obstacle()
+            obstacle = call.obstacle(causal=self.facts is None)
             if obstacle is None:
-                return call.run(factory, self.stats, self._log_row)
+                return call.run(decoding, self.stats, self._log_row)
             self._leave_to_transformers(obstacle)
             return type(model)._sample(
                 model,
@@ -281,6 +323,7 @@ class Attached:
     def _draft(self, artifacts: Sequence[object], tokenizer: Any, draft_tokenizer: Any) -> Drafter | None:
         if not artifacts:
             return None
+        self._check_causal("a draft")
         if self.method.name != "speculative":
             raise IncompatibleError(f"method {self.method.name!r} takes no draft: leave it out, or use 'speculative'")
         if len(artifacts) > 1:
@@ -304,6 +347,11 @@ class Attached:
         return self._speculators[key]
 
     def _leave_to_transformers(self, reason: str) -> None:
+        if self.facts is not None:
+            raise IncompatibleError(
+                f"{reason}, which transformers would decode from left to right; {type(self.model).__name__} is a "
+                "masked-diffusion model: change the call"
+            )
         if self.stats.cartridges:
             raise IncompatibleError(
                 f"{reason}, which transformers would decode without the cartridges {', '.join(self.stats.cartridges)}: "
@@ -333,6 +381,29 @@ class Attached:
             log.warning("%s", note)
 
 
+def method_for(model: PreTrainedModel, name: str | None) -> MethodInfo:
+    """The decoding method called ``name``, or the model's usual one; refused where the two do not go together."""
+    masked = facts_of(model) is not None
+    method = get(name or ("dparallel" if masked else "speculative"))
+    if method.axis != "decoder":
+        raise OptionError(
+            f"method {method.name!r} is on the {method.axis} axis and decodes nothing: pass its artifact and leave "
+            "method out"
+        )
+    kind = type(model).__name__
+    if masked and method.decodes != "masked":
+        raise IncompatibleError(
+            f"method {method.name!r} reads from left to right, and {kind} is a masked-diffusion model: leave method "
+            "out, or use 'dparallel'"
+        )
+    if method.decodes == "masked" and not masked:
+        raise IncompatibleError(
+            f"method {method.name!r} decodes masked-diffusion models, and the config of {kind} has no {CONFIG_KEY!r} "
+            "(mask token, block length, …) that would make it one: use 'speculative' or 'plain'"
+        )
+    return method
+
+
 class _Settings:
     """A call's generation settings as transformers will merge them: argument, then config, then the model's own."""
 
@@ -343,6 +414,10 @@ class _Settings:
 
     def __getitem__(self, name: str) -> Any:
         return next((source[name] for source in self._sources if source.get(name) is not None), None)
+
+    def of_call(self, name: str) -> Any:
+        """What the call itself says, None where it leaves that to the model's config."""
+        return next((source[name] for source in self._sources[:2] if source.get(name) is not None), None)
 
     def mode(self, assistant: object) -> GenerationMode:
         merged = copy.copy(self._model.generation_config)

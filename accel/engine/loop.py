@@ -101,4 +101,5 @@ def _chunk(emission: Emission, count: int, *, finished: bool, late: bool) -> Chu
         late,
         None if emission.logits is None else emission.logits[:count],
         None if emission.scores is None else emission.scores[:count],
+        emission.prompt,
     )

@@ -1,7 +1,7 @@
 """One call of transformers' generate(), run by our engine: its arguments become requests, our chunks its return value.
 
 Reached through the ``custom_generate=<callable>`` seam, so that inputs, generation config, logits processors and
-stopping criteria have been prepared by transformers itself. Knows no method: it is handed a decoder factory.
+stopping criteria have been prepared by transformers itself. Knows no method: it is handed how to decode.
 """
 
 from __future__ import annotations
@@ -30,10 +30,18 @@ from accel.types import Chunk, Request, Stats
 # what transformers prepares for every decoder-only model; any other model input is beyond the row target
 _KNOWN_INPUTS = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"})
 
-# (target, stats, rows must stay in step) → decoder
-DecoderFactory = Callable[[SoftmaxTarget, Stats, bool], Decoder]
 # (prompt [T] without padding, new tokens up to the row's end), once a finished row
 RowFinished = Callable[[Tensor, list[int]], None]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the rows of one call are decoded. A call knows no method: it is handed this."""
+
+    # what the decoder reads the model through
+    target: Any
+    # (target, stats, rows must stay in step) → decoder
+    decoder: Callable[[Any, Stats, bool], Decoder]
 
 
 @dataclass(frozen=True)
@@ -51,14 +59,14 @@ class PreparedCall:
     # what stands in front of the prompts: one seat for all, or one a prompt as the caller gave them
     seats: Sequence[Seat] = (Seat(),)
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, *, causal: bool = True) -> str | None:
         """Why this call cannot be decoded row by row, or None where it can."""
         if self.config.return_dict_in_generate and (self.config.output_attentions or self.config.output_hidden_states):
             return "attentions and hidden states are not recorded"
         unknown = {name for name, value in self.inputs.items() if value is not None} - _KNOWN_INPUTS
         if unknown:
             return f"the model input {sorted(unknown)[0]!r} is not supported"
-        if not self.config.use_cache:
+        if causal and not self.config.use_cache:
             return "use_cache=False"
         mask = self.inputs.get("attention_mask")
         if mask is not None and bool((mask[:, 1:] < mask[:, :-1]).any()):
@@ -69,16 +77,17 @@ class PreparedCall:
         return None
 
     def run(
-        self, make_decoder: DecoderFactory, stats: Stats, row_finished: RowFinished = lambda prompt, new: None
+        self, decoding: Decoding, stats: Stats, row_finished: RowFinished = lambda prompt, new: None
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Decode and return what transformers would."""
-        target = SoftmaxTarget(self.model)
         prompts = self._prompts()
         max_new = self._max_new_tokens()
-        _check_context(target, [len(p) + self._seat(i).num_positions for i, p in enumerate(prompts)], max_new)
+        if isinstance(decoding.target, SoftmaxTarget):
+            lengths = [len(p) + self._seat(i).num_positions for i, p in enumerate(prompts)]
+            _check_context(decoding.target, lengths, max_new)
         together = self._must_stay_in_step()
         requests = self._requests(prompts, max_new)
-        decoder = make_decoder(target, stats, together)
+        decoder = decoding.decoder(decoding.target, stats, together)
         # a cartridge that is not the document itself only stands in for it
         stats.lossless &= all(each.parameters.exact for seat in self.seats for each in seat.cartridges)
         columns = Columns(self, len(prompts), pads_after_end=self._has_eos() or not together)
@@ -87,11 +96,10 @@ class PreparedCall:
         # closed at once when a streamer raises: the drafter outlives the call and must not keep its rows
         with torch.no_grad(), closing(engine.answer(requests)) as chunks:
             for chunk in chunks:
-                if chunk.finished:  # contexts only grow until a row ends: the peak is at one of the ends
-                    stats.state_bytes = max(stats.state_bytes, target.state_bytes())
                 columns.add(chunk)
                 if chunk.finished and not chunk.late:
-                    row_finished(prompts[chunk.request_id], columns.tokens(chunk.request_id))
+                    prompt = columns.prompts.get(chunk.request_id, prompts[chunk.request_id])
+                    row_finished(prompt, columns.tokens(chunk.request_id))
         stats.generated_tokens = columns.num_counted
         return columns.finish(stats)
 
@@ -200,6 +208,8 @@ class Columns:
         self._tokens: list[list[int]] = [[] for _ in range(num_rows)]
         self._logits: list[list[Tensor]] = [[] for _ in range(num_rows)]
         self._scores: list[list[Tensor]] = [[] for _ in range(num_rows)]
+        # prompts whose gaps were filled, without padding
+        self.prompts: dict[int, Tensor] = {}
         self._finished = [False] * num_rows
         self._pads_after_end = pads_after_end
         self._num_streamed = 0
@@ -210,6 +220,11 @@ class Columns:
     def add(self, chunk: Chunk) -> None:
         """Take a chunk of one row; tokens after a row's end become padding where transformers pads."""
         row = chunk.request_id
+        if chunk.prompt is not None:
+            filled = torch.tensor(chunk.prompt).to(self._call.input_ids)
+            # what was written into the prompt was generated too
+            self.num_counted += int((filled != self._call.input_ids[row, -len(filled) :]).sum())
+            self.prompts[row] = filled
         if not chunk.late:
             self.num_counted += len(chunk.tokens)
             self._finished[row] = chunk.finished
@@ -228,13 +243,19 @@ class Columns:
         return list(self._tokens[row])
 
     def finish(self, stats: Stats) -> Tensor | GenerateDecoderOnlyOutput:
-        """The sequences ``[B, prompt + new]``, or transformers' output object with ``.accel`` on it."""
+        """The sequences ``[B, prompt + new]``, or transformers' output object with ``.accel`` on it.
+
+        A prompt that had gaps stands there as it was filled.
+        """
         streamer, config = self._call.streamer, self._call.config
         if streamer is not None:
             streamer.end()
         width = max(len(tokens) for tokens in self._tokens)
         new = torch.tensor([tokens + [self.pad] * (width - len(tokens)) for tokens in self._tokens])
         sequences = torch.cat([self._call.input_ids, new.to(self._call.input_ids)], dim=1)
+        for row, prompt in self.prompts.items():
+            end = self._call.input_ids.shape[1]
+            sequences[row, end - len(prompt) : end] = prompt
         if not config.return_dict_in_generate:
             return sequences
         output = GenerateDecoderOnlyOutput(

@@ -11,13 +11,18 @@ from accel.errors import OptionError, unknown_name
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """One row of the table. ``target`` and ``options`` are "module:Class"; options are a frozen dataclass."""
+    """One row of the table. ``target`` and ``options`` are "module:Class"; options are a frozen dataclass.
+
+    ``decodes``: "causal" for a decoder of models that read from left to right, "masked" for one of masked-diffusion
+    models.
+    """
 
     name: str
     axis: str
     target: str
     options: str | None
     help: str
+    decodes: str = "causal"
 
     def load(self) -> Any:
         return _load(self.target)
@@ -42,6 +47,14 @@ TABLE: dict[str, MethodInfo] = {
             "accel.methods.speculative.decoder:SpeculativeDecoder",
             "accel.methods.speculative.options:SpeculativeOptions",
             "drafted tokens verified by the target, with a draft length that adapts to what they cost and bring",
+        ),
+        MethodInfo(
+            "dparallel",
+            "decoder",
+            "accel.methods.dparallel.decoder:DParallelDecoder",
+            "accel.methods.dparallel.options:DParallelOptions",
+            "blocks of masks filled wherever a masked-diffusion model is certain: many tokens a forward",
+            decodes="masked",
         ),
         MethodInfo(
             "cartridge",

@@ -5,14 +5,16 @@ The only place that asks transformers to load something. Never runs code that co
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from accel.errors import ModelError, OptionError
+from accel.errors import AccelError, ModelError, OptionError
 from accel.models.aliases import ALIASES, local_folder, progress_only_on_terminal
 
 DTYPES = {
@@ -35,6 +37,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# a LoRA adapter as PEFT saves it
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _HUB_TIMEOUT_SECONDS = 10.0
 
 
@@ -45,6 +49,8 @@ def load_model(
 
     ``device`` "auto" is cuda where there is one, else cpu. ``dtype`` "auto" is float32 on a CPU and the checkpoint's
     own elsewhere. A hub model that is already on this machine is used as it is, without asking for a newer one.
+    A folder with a LoRA adapter alone is the base model that it names, with the adapter merged. Masked-diffusion
+    models come with their facts (``accel.models.diffusion.facts_of``).
     """
     place = resolve_device(device)
     precision = resolve_dtype(dtype, place)
@@ -97,37 +103,92 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _load(name: str, device: torch.device, dtype: torch.dtype | None, *, local_only: bool) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
     try:
         with progress_only_on_terminal():
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype or "auto", trust_remote_code=False, local_files_only=local_only
-            )
-            tokenizer = _load_tokenizer(name, local_only)
+            raw = _read_json(name, "config.json", local_only)
+            if raw is None and _file(name, _ADAPTER[0], local_only) is not None:
+                return _load_adapted(name, device, dtype, local_only)
+            model, kind = _load_weights(name, raw or {}, dtype, local_only)
+            tokenizer = _load_tokenizer(name, local_only, kind)
         return model.to(device).eval(), tokenizer
+    except AccelError:
+        # one line already, and no other model's name would help
+        raise
     except Exception as error:  # whatever the many libraries below raise for a bad file, the user gets one line
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}; {_choices()}") from error
 
 
-def _load_tokenizer(name: str, local_only: bool) -> Any:
-    """None only where the checkpoint brings no tokenizer at all; a broken one is an error."""
-    from transformers import AutoTokenizer
+def _load_weights(
+    name: str, raw: dict[str, Any], dtype: torch.dtype | None, local_only: bool
+) -> tuple[Any, str | None]:
+    """The model on the CPU, and the class of its tokenizer where the checkpoint cannot be asked for it."""
+    from transformers import AutoModelForCausalLM
 
-    if not any(_has_file(name, file, local_only) for file in _TOKENIZER_FILES):
+    from accel.models.diffusion import facts_of, published
+
+    family = published.family_of(raw)
+    if family is not None:
+        find = partial(_file, name, local_only=local_only)
+        return published.load_published(raw, family, find, name, dtype), family.tokenizer
+    if published.is_masked_lm_config(raw):
+        return published.load_masked_lm(raw, name, dtype, local_only), None
+    model = AutoModelForCausalLM.from_pretrained(
+        name, dtype=dtype or "auto", trust_remote_code=False, local_files_only=local_only
+    )
+    # facts that cannot be true of the model are refused here, not when it first decodes
+    facts_of(model)
+    return model, None
+
+
+def _load_adapted(name: str, device: torch.device, dtype: torch.dtype | None, local_only: bool) -> tuple[Any, Any]:
+    """A folder with a LoRA adapter alone: the base model that it names, with the adapter merged into it."""
+    from accel.models.diffusion.lora import merge_lora, read_adapter_config
+
+    config, weights = (_file(name, file, local_only) for file in _ADAPTER)
+    assert config is not None
+    if weights is None:
+        raise FileNotFoundError(f"{_ADAPTER[0]} without {_ADAPTER[1]}: weights are read from safetensors only")
+    base = read_adapter_config(config).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{config}: base_model_name_or_path is {base!r}: write the base model's folder or id there")
+    if Path(base).is_dir() and not Path(base, "config.json").is_file():
+        raise ModelError(f"{config}: the base model {base!r} is no folder of a model: merge adapters one by one")
+    model, tokenizer = load_model(base, device=device, dtype=dtype or "auto")
+    merge_lora(model, config, weights)
+    own = _load_tokenizer(name, local_only)
+    return model, tokenizer if own is None else own
+
+
+def _load_tokenizer(name: str, local_only: bool, kind: str | None = None) -> Any:
+    """None only where the checkpoint brings no tokenizer at all; a broken one is an error. ``kind``: its class."""
+    import transformers
+
+    if all(_file(name, file, local_only) is None for file in _TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
+    cls = getattr(transformers, kind or "AutoTokenizer")
+    return cls.from_pretrained(name, trust_remote_code=False, local_files_only=local_only)
 
 
-def _has_file(name: str, file: str, local_only: bool) -> bool:
+def _file(name: str, file: str, local_only: bool) -> Path | None:
+    """A file of a folder, of the hub's cache, or (not ``local_only``) of the hub; None where there is none."""
     from transformers.utils import cached_file
 
     if Path(name).is_dir():
-        return Path(name, file).is_file()
+        path = Path(name, file)
+        return path if path.is_file() else None
     try:
-        return cached_file(name, file, local_files_only=local_only) is not None
+        found = cached_file(name, file, local_files_only=local_only)
     except OSError:
-        return False
+        return None
+    return None if found is None else Path(found)
+
+
+def _read_json(name: str, file: str, local_only: bool) -> dict[str, Any] | None:
+    path = _file(name, file, local_only)
+    if path is None:
+        return None
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return raw if isinstance(raw, dict) else {}
 
 
 def _ask_hub(name: str) -> None:

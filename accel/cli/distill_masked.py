@@ -1,0 +1,370 @@
+"""``accel distill a2d | dparallel | calibrate``: options to recipes of masked-diffusion models, progress, reports."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from accel.cli.common import Progress, emit, json_option, parse_bytes, table
+from accel.errors import ArtifactError, OptionError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _prompts_option(text: str) -> Callable[[Command], Command]:
+    return click.option(
+        "--prompts",
+        "prompt_files",
+        multiple=True,
+        required=True,
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help=f"JSON lines with prompt, question, instruction (and input), turns, messages or text{text}. Repeatable.",
+    )
+
+
+def _recipe_options(**own: Any) -> Callable[[Command], Command]:
+    """The options that both recipes have; ``own``: the defaults that differ."""
+    options = [
+        click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write."),
+        click.option(
+            "--work",
+            type=click.Path(file_okay=False, path_type=Path),
+            metavar="FOLDER",
+            help="Answers and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
+        ),
+        click.option(
+            "--data",
+            default=own["data"],
+            show_default=True,
+            help="Who writes the answers: self (MODEL) or file.",
+        ),
+        click.option(
+            "--check",
+            default=own["check"],
+            show_default=True,
+            help="Which of its own answers MODEL learns: those whose final answer (behind ####, in \\boxed{}, else the "
+            "last number) is the file's (final), or all that end (none). final also reports accuracy.",
+        ),
+        click.option(
+            "--noise",
+            default=own["noise"],
+            show_default=True,
+            help="What is hidden: half a block between clean and masked ones (blocks), half the answer (response), "
+            "both with the other half in a second view; or a random share of the answer (diffusion).",
+        ),
+        click.option(
+            "--canvas",
+            default=own["canvas"],
+            show_default=True,
+            help="Positions behind a prompt: as many as --max-new-tokens (whole), or any number of blocks that the "
+            "answer fits in (random).",
+        ),
+        click.option(
+            "--beta",
+            type=float,
+            default=own["beta"],
+            show_default=True,
+            help="Weight of certainty: the entropy of tokens that are right already. 0 is cross entropy alone.",
+        ),
+        click.option(
+            "--learning-rate", type=float, default=own["learning_rate"], show_default=True, help="At its peak."
+        ),
+        click.option(
+            "--lora-rank",
+            type=int,
+            default=own["lora_rank"],
+            show_default=True,
+            help="Train additions of this rank, merged at the end; 0 trains all weights.",
+        ),
+        click.option("--lora-alpha", type=float, help="Scale of the additions. [default: the rank]"),
+        click.option(
+            "--lora-targets",
+            default="all",
+            show_default=True,
+            metavar="A,B,…",
+            help="Linear layers by the end of their names, as in q_proj,v_proj; all is every one but the head.",
+        ),
+        click.option("--rule", help="When a token counts as certain: entropy or confidence. [default: MODEL's own]"),
+        click.option(
+            "--threshold", type=float, help="Of the rule: nats or a probability. [default: MODEL's own, else 0.5]"
+        ),
+        click.option(
+            "--block-length", type=int, help="Tokens that are filled together. [default: MODEL's own, else 32]"
+        ),
+        click.option(
+            "--longest-prompt", type=int, default=256, show_default=True, help="Leave out prompts of more tokens."
+        ),
+        click.option("--max-new-tokens", type=int, default=256, show_default=True, help="Length limit of answers."),
+        click.option("--steps", type=int, default=1000, show_default=True, help="Training steps."),
+        click.option(
+            "--batch-tokens", type=int, default=4096, show_default=True, help="Tokens of a batch, padding and views."
+        ),
+        click.option("--checkpoint-every", type=int, default=100, show_default=True, help="Steps between checkpoints."),
+        click.option("--rows", type=int, default=16, show_default=True, help="Prompts that decode together."),
+        click.option(
+            "--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts to measure with."
+        ),
+        click.option("--seed", type=int, default=0, show_default=True, help="Of masks, batches and additions."),
+        click.option(
+            "--max-disk", default="2GB", show_default=True, help="Bound on answers, checkpoints and artifact."
+        ),
+        click.option(
+            "--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32."
+        ),
+        click.option("--threads", type=int, help="CPU threads of torch."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
+        click.option(
+            "--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16."
+        ),
+        click.option("--plan", "only_plan", is_flag=True, help="Show prompts, sizes and disk use, and stop."),
+        json_option,
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@click.command("a2d")
+@click.argument("model")
+@_prompts_option(", with answers beside them unless --data self")
+@click.option(
+    "--mask-token", metavar="TEXT", help="What stands for an open position. [default: the tokenizer's, or new]"
+)
+@click.option("--shift", is_flag=True, help="Position i goes on predicting token i + 1, as MODEL did.")
+@_recipe_options(
+    data="file", check="none", noise="diffusion", canvas="random", beta=0.0, learning_rate=1e-4, lora_rank=0
+)
+def a2d(**given: Any) -> None:
+    """Make a masked-diffusion model of MODEL, a causal language model.
+
+    The causal mask goes, a mask token comes, and MODEL learns to fill answers whose tokens are hidden at random. The
+    result is a folder for `accel generate -m`, and a base for `accel distill dparallel`.
+    """
+    from accel.methods.dparallel.distill.recipe import Conversion
+
+    _distill(Conversion, **given)
+
+
+@click.command("dparallel")
+@click.argument("model")
+@_prompts_option(" and an answer")
+@_recipe_options(data="self", check="final", noise="blocks", canvas="whole", beta=2.0, learning_rate=2e-5, lora_rank=32)
+def dparallel(**given: Any) -> None:
+    """Make MODEL, a masked-diffusion model, certain of more tokens at once.
+
+    MODEL answers the prompts; it then learns its own right answers with a loss that makes it certain of what it gets
+    right. The result is a folder for `accel generate -m`; `accel distill calibrate` finds its threshold.
+    """
+    from accel.methods.dparallel.distill.recipe import DParallel
+
+    _distill(DParallel, **given)
+
+
+def _distill(
+    cls: Any,
+    *,
+    model: str,
+    prompt_files: tuple[Path, ...],
+    output: Path | None,
+    work: Path | None,
+    lora_targets: str,
+    max_disk: str,
+    weights: str,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    only_plan: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    if output is None and not only_plan:
+        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
+    if output is not None and output.exists() and not only_plan:
+        raise ArtifactError(f"{output} exists already: choose another folder")
+    import torch
+
+    from accel.distill.prompts import read
+    from accel.methods.dparallel.distill.recipe import distill, prepare
+    from accel.models.loading import load_model
+
+    targets = tuple(part.strip() for part in lora_targets.split(",") if part.strip())
+    recipe = cls(lora_targets=targets, max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
+    prompts = read(prompt_files)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress() as progress:
+        progress("loading the model …")
+        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
+        if tokenizer is None:
+            raise OptionError(f"{model} brings no tokenizer: prompts cannot be read without one")
+        prepared = prepare(loaded, tokenizer, prompts, recipe)
+        if only_plan:
+            progress("")
+            emit(prepared.as_dict(), _plan_text(prepared.as_dict()), as_json=as_json)
+            return
+        assert output is not None
+        artifact = distill(
+            loaded,
+            tokenizer,
+            prompts,
+            recipe,
+            work or output.with_name(output.name + ".work"),
+            output,
+            progress,
+            name=model,
+            command=shlex.join(["accel", *sys.argv[1:]]),
+            prepared=prepared,
+        )
+    measured = artifact.manifest.measured
+    document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": measured}
+    document["made"] = artifact.manifest.made
+    emit(document, f"{artifact.path}\n{_report(measured)}", as_json=as_json)
+
+
+@click.command("calibrate")
+@click.argument("artifact")
+@_prompts_option(" and an answer")
+@click.option(
+    "--budget",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Points of accuracy that may be lost against one token a forward.",
+)
+@click.option("--thresholds", metavar="A,B,…", help="What to try. [default: nine values of the artifact's rule]")
+@click.option(
+    "--max-new-tokens", type=int, help="Length limit of answers. [default: what the artifact was trained with]"
+)
+@click.option("--longest-prompt", type=int, default=256, show_default=True, help="Leave out prompts of more tokens.")
+@click.option("--rows", type=int, default=16, show_default=True, help="Prompts that decode together.")
+@click.option("--threads", type=int, help="CPU threads of torch.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
+@click.option("--dtype", default="auto", show_default=True, help="Of the model: auto, float32, bfloat16 or float16.")
+@click.option("--dry-run", is_flag=True, help="Report, and leave the artifact as it is.")
+@json_option
+def calibrate(
+    artifact: str,
+    prompt_files: tuple[Path, ...],
+    thresholds: str | None,
+    max_new_tokens: int | None,
+    longest_prompt: int,
+    threads: int | None,
+    device: str,
+    dtype: str,
+    dry_run: bool,
+    as_json: bool,
+    **choices: Any,
+) -> None:
+    """Find the threshold of ARTIFACT that is fastest within a budget of accuracy, and write it there.
+
+    The artifact's own rule is tried at several thresholds on prompts with known answers. ARTIFACT's manifest and config
+    then hold the chosen one, and the manifest the whole sweep.
+    """
+    tried = _numbers(thresholds)
+    import torch
+
+    from accel.artifacts import resolve
+    from accel.distill.prompts import read
+    from accel.methods.dparallel.distill.calibrated import calibrate_artifact
+
+    prompts = read(prompt_files)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with Progress() as progress:
+        found, written = calibrate_artifact(
+            resolve(artifact),
+            prompts,
+            thresholds=tried,
+            max_new_tokens=max_new_tokens,
+            longest_prompt=longest_prompt,
+            device=device,
+            dtype=dtype,
+            write=not dry_run,
+            command=shlex.join(["accel", *sys.argv[1:]]),
+            progress=progress,
+            **choices,
+        )
+    document = {"artifact": artifact, "written": written, **found.as_dict()}
+    emit(document, _sweep_text(document), as_json=as_json)
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(",") if part.strip()) if text else ()
+    except ValueError:
+        raise OptionError(f"--thresholds {text!r}: give numbers, as in 0.1,0.3,0.5") from None
+
+
+def _plan_text(plan: dict[str, Any]) -> str:
+    disk = plan["disk"]
+    facts = plan["facts"]
+    return "\n".join(
+        [
+            f"prompts: {plan['prompts']} to learn from, {plan['held_out']} held out, {plan['too_long']} too long",
+            f"model: {plan['parameters'] / 1e6:.2f}M parameters, {plan['trained'] / 1e6:.2f}M trained",
+            f"mask token {facts['mask_token']}, blocks of {facts['block_length']}, {facts['rule']} at "
+            f"{facts['threshold']}",
+            f"disk: at most {disk['total'] / 1e6:.1f} MB (answers {disk['answers'] / 1e6:.1f}, checkpoints "
+            f"{disk['checkpoints'] / 1e6:.1f}, artifact {disk['artifact'] / 1e6:.1f})",
+        ]
+    )
+
+
+def _report(measured: dict[str, Any]) -> str:
+    answers, hidden = measured["answers"], measured["hidden_tokens"]
+    lines = [
+        f"answers: {answers['kept']} of {answers['written']} learned ({answers['cut']} without an end, "
+        f"{answers['wrong']} wrong); {measured['held_out_prompts']} prompts held out"
+    ]
+    if hidden["before"]:
+        was, now = hidden["before"], hidden["after"]
+        lines.append(
+            f"hidden tokens: {was['correct']:.1%} → {now['correct']:.1%} right, cross entropy "
+            f"{was['cross_entropy']:.3f} → {now['cross_entropy']:.3f}, entropy of right ones "
+            f"{was['entropy_of_correct']:.4f} → {now['entropy_of_correct']:.4f}"
+        )
+    rows = [
+        [who, how.replace("_", " "), *_cells(measured[who][how])]
+        for who in ("teacher", "student")
+        if who in measured
+        for how in ("one_token", "threshold")
+    ]
+    return "\n".join([*lines, table(["", "rule", *_COLUMNS], rows)])
+
+
+_COLUMNS = ("threshold", "accuracy", "tokens/forward", "forwards", "tokens")
+
+
+def _cells(point: dict[str, Any]) -> list[str]:
+    accuracy = point["accuracy"]
+    return [
+        f"{point['threshold']:g}",
+        "-" if accuracy is None else f"{accuracy:.1f}",
+        f"{point['tokens_per_forward']:.2f}",
+        f"{point['forwards']:.1f}",
+        f"{point['tokens']:.1f}",
+    ]
+
+
+def _sweep_text(found: dict[str, Any]) -> str:
+    chosen = found["chosen"]
+    rows = [["one token a forward", *_cells(found["one"])]]
+    rows += [["chosen" if chosen == point else "", *_cells(point)] for point in found["points"]]
+    lines = [table(["", *_COLUMNS], rows), f"AUP {found['aup']:.1f} over {found['prompts']} prompts"]
+    if 100 / found["prompts"] > max(found["budget"], 1e-9) > 0:
+        lines.append(f"one prompt is {100 / found['prompts']:.1f} points: more than the budget; give more prompts")
+    if chosen is None:
+        lines.append(f"every threshold loses more than {found['budget']:g} points: nothing was written")
+    elif found["written"]:
+        lines.append(f"{found['artifact']}: threshold {chosen['threshold']:g}")
+    return "\n".join(lines)
