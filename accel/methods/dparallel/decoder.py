@@ -90,6 +90,8 @@ class DParallelDecoder:
         """Fill what one forward is certain of, and hand out the tokens that have no mask before them any more."""
         start = time.perf_counter()
         rows = [row for row in self.live.values() if row.stages]
+        if not rows:
+            return []
         at = [torch.tensor(row.gaps, device=self.target.device) for row in rows]
         found = self._certainty(rows, at, self._logits(rows, at))
         self._fill(rows, at, found)
@@ -184,8 +186,6 @@ class DParallelDecoder:
 
     def _fill(self, rows: Sequence[_Row], at: Sequence[Tensor], found: Sequence[Certainty]) -> None:
         """Decide for all rows at once which masks are filled, and fill them: the step's one wait for the device."""
-        if not rows:
-            return
         device = self.target.device
         lengths = torch.tensor([len(row.gaps) for row in rows], device=device)
         token, probability, entropy = (pad_sequence(list(part), batch_first=True) for part in zip(*found, strict=True))

@@ -13,8 +13,10 @@ from transformers.generation import logits_process as hf
 
 from accel.errors import AccelError
 from accel.kernels.unmask import certainty
+from accel.methods.dparallel.decoder import DParallelDecoder
+from accel.methods.dparallel.options import DParallelOptions
 from accel.sampling import LogitsPipeline
-from accel.types import Stats
+from accel.types import Request, Stats
 
 
 @pytest.fixture
@@ -179,6 +181,13 @@ def test_a_length_that_blocks_do_not_divide_is_cut_from_whole_blocks(toys) -> No
     short = toys.run(toys.denoiser(), {}, prompts, 9)
     assert short.new == [new[:9] for new in long.new]
     assert short.stats.generated_tokens == 27
+    # whoever drives the decoder: the rest of the canvas is not handed out at all
+    decoder, prompt = DParallelDecoder(toys.denoiser(), DParallelOptions(), Stats()), torch.tensor(prompts[0])
+    decoder.admit([Request(id=0, prompt=prompt, max_new_tokens=9, history=prompt)])
+    handed_out = [emission.tokens for _ in range(20) for emission in decoder.step()]
+    assert [token for tokens in handed_out for token in tokens] == short.new[0]
+    # and a row that is done costs no forward
+    assert decoder.stats.target_calls <= 12
 
 
 def test_the_mask_is_never_filled_in(toys) -> None:
@@ -326,10 +335,6 @@ def test_a_model_without_a_cache_is_refused_one(toys) -> None:
 
 
 def test_a_failed_admission_leaves_nothing_behind(toys) -> None:
-    from accel.methods.dparallel.decoder import DParallelDecoder
-    from accel.methods.dparallel.options import DParallelOptions
-    from accel.types import Request
-
     decoder = DParallelDecoder(toys.denoiser(), DParallelOptions(), Stats())
     prompt = torch.tensor([1, 2])
     good = Request(id=0, prompt=prompt, max_new_tokens=4, history=prompt)
