@@ -159,7 +159,7 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
             "artifacts": list(plan.artifacts),
             "questions": len(prompts),
             "questions_sha256": digest(prompts),
-            "documents": [str(each) for each in plan.corpora],
+            "documents": [each.name for each in plan.corpora],
             "document_tokens": len(full_ids),
             "max_new_tokens": plan.max_new_tokens,
             "concurrency": list(plan.concurrency),
