@@ -176,10 +176,19 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
 
 
 def _questions(plan: Plan) -> list[Prompt]:
-    prompts = load_jsonl(plan.questions)[: plan.limit]
+    prompts = _spread(load_jsonl(plan.questions), plan.limit)
     if any(not prompt.answer for prompt in prompts):
         raise OptionError(f"{plan.questions}: every question needs an answer to be held against")
     return prompts
+
+
+def _spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
+    """At most ``limit`` of them from all over the file: its first ones ask about the beginning of a document."""
+    if limit is None or limit >= len(prompts):
+        return list(prompts)
+    if limit < 1:
+        raise OptionError(f"limit={limit}: at least one question is needed")
+    return [prompts[place * len(prompts) // limit] for place in range(limit)]
 
 
 def _members(given: str) -> list[str]:

@@ -10,7 +10,9 @@ import torch
 from click.testing import CliRunner, Result
 
 from accel.bench import cartridge as suite
+from accel.bench.workloads import Prompt
 from accel.cli.main import main
+from accel.errors import OptionError
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Cartridge
 from accel.methods.cartridge.evaluate import log_probabilities
@@ -118,6 +120,14 @@ def test_documents_together_and_apart(made, model, tokenizer, quick, tmp_path) -
     # a cartridge of a document that is not in the prompt would be compared with less than it knows
     result = run(*arguments)
     assert result.exit_code != 0 and "was made of another document" in result.stderr
+
+
+def test_a_limit_takes_questions_from_all_over_the_file() -> None:
+    prompts = [Prompt(str(number), "question", ("?",), "x") for number in range(10)]
+    assert [each.id for each in suite._spread(prompts, 4)] == ["0", "2", "5", "7"]
+    assert suite._spread(prompts, None) == suite._spread(prompts, 10) == prompts
+    with pytest.raises(OptionError, match="limit=0"):
+        suite._spread(prompts, 0)
 
 
 def test_the_gain_is_told_as_a_share_of_the_whole_documents() -> None:
