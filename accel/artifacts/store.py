@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,25 +82,12 @@ def save(
     _check_content(manifest, tensors, texts)
     if target.exists() and not overwrite:
         raise ArtifactError(f"{target} exists already: choose another folder or pass overwrite=True")
-    # beside the target, so that the final rename stays within one file system
-    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work.mkdir()
+
+    def fill(work: Path) -> dict[str, FileEntry]:
         files = {name: _write(work, name, _serialise(content)) for name, content in tensors.items()}
-        files |= {name: _write(work, name, text.encode()) for name, text in texts.items()}
-        complete = dataclasses.replace(manifest, files=files)
-        text = complete.to_json()
-        Manifest.from_json(text)  # what we could not read back is not written
-        _write(work, MANIFEST_NAME, text.encode())
-        for parent, _, _ in os.walk(work):
-            _sync_folder(Path(parent))
-        _move_into_place(work, target)
-    except OSError as error:
-        raise ArtifactError(f"cannot write the artifact {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return open_artifact(target)
+        return files | {name: _write(work, name, text.encode()) for name, text in texts.items()}
+
+    return _make(target, manifest, fill)
 
 
 def update(artifact: Artifact, manifest: Manifest, texts: Mapping[str, str]) -> Artifact:
@@ -112,26 +99,14 @@ def update(artifact: Artifact, manifest: Manifest, texts: Mapping[str, str]) -> 
     for name in texts:
         if name not in artifact.manifest.files or name.endswith(".safetensors"):
             raise ArtifactError(f"update() replaces text files that the artifact has: {name!r} is none of them")
-    target = artifact.path
-    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
-    files = dict(artifact.manifest.files)
-    try:
-        work.mkdir()
-        for name in files:
+
+    def fill(work: Path) -> dict[str, FileEntry]:
+        for name in artifact.manifest.files:
             if name not in texts:
-                _link(target / name, work / name)
-        files |= {name: _write(work, name, text.encode()) for name, text in texts.items()}
-        text = dataclasses.replace(manifest, files=files).to_json()
-        Manifest.from_json(text)  # what we could not read back is not written
-        _write(work, MANIFEST_NAME, text.encode())
-        for parent, _, _ in os.walk(work):
-            _sync_folder(Path(parent))
-        _move_into_place(work, target)
-    except OSError as error:
-        raise ArtifactError(f"cannot write the artifact {target}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return open_artifact(target)
+                _link(artifact.path / name, work / name)
+        return {**artifact.manifest.files, **{name: _write(work, name, text.encode()) for name, text in texts.items()}}
+
+    return _make(artifact.path, manifest, fill)
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -222,6 +197,26 @@ def _write(folder: Path, name: str, data: bytes) -> FileEntry:
         file.flush()
         os.fsync(file.fileno())
     return FileEntry(sha256=file_digest(path), bytes=len(data))
+
+
+def _make(target: Path, manifest: Manifest, fill: Callable[[Path], dict[str, FileEntry]]) -> Artifact:
+    """Let ``fill`` write an artifact's files into a folder, list them, and move the whole into place at once."""
+    # beside the target, so that the final rename stays within one file system
+    work = target.parent / f".{target.name}.{uuid.uuid4().hex[:12]}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work.mkdir()
+        text = dataclasses.replace(manifest, files=fill(work)).to_json()
+        Manifest.from_json(text)  # what we could not read back is not written
+        _write(work, MANIFEST_NAME, text.encode())
+        for parent, _, _ in os.walk(work):
+            _sync_folder(Path(parent))
+        _move_into_place(work, target)
+    except OSError as error:
+        raise ArtifactError(f"cannot write the artifact {target}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return open_artifact(target)
 
 
 def _link(source: Path, place: Path) -> None:

@@ -80,9 +80,9 @@ class RowDecoder:
 
     def evict(self, request_ids: Sequence[int]) -> None:
         """Drop rows, finished or not; ids that were never admitted are fine."""
-        # contexts only grow until a row ends: the peak is at one of the ends
-        self.stats.state_bytes = max(self.stats.state_bytes, self.target.state_bytes())
         gone = [self.live.pop(id) for id in request_ids if id in self.live]
+        if gone:  # contexts only grow until a row ends: the peak is at one of the ends
+            self.stats.state_bytes = max(self.stats.state_bytes, self.target.state_bytes())
         self.target.close([live.row for live in gone])
         self.on_evicted(gone)
 
