@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from accel.distill.batches import Batch, Lessons
-from accel.distill.checkpoint import Checkpoints, Log
+from accel.distill.descent import Descent, update
 from accel.distill.forward import Scorer, autocast
 from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.schedule import warm_cosine
 from accel.distill.teacher import Lesson
-from accel.errors import ModelError, OptionError
+from accel.errors import OptionError
 from accel.methods.cartridge.distill.slots import Slots, inputs
 
 
@@ -97,26 +96,17 @@ def train(
     """
     module = nn.ModuleList(slots)
     optimizer = torch.optim.Adam(module.parameters(), lr=how.learning_rate, betas=(0.9, 0.95))
-    checkpoints = Checkpoints(folder, asdict(how) | dict(made_from or {}))
-    done = checkpoints.load(module, optimizer)
-    log = Log(folder, done)
+    descent = Descent(module, optimizer, folder, asdict(how) | dict(made_from or {}))
     scorer = Scorer(model)
     curriculum = Curriculum(lessons, how)
     wanted = [(each, each.requires_grad) for each in model.parameters()]
     try:
         for weight, _ in wanted:
             weight.requires_grad_(False)
-        for step in range(done, how.steps):
-            started = time.perf_counter()
-            row = _step(scorer, slots, optimizer, curriculum, how, step)
-            log.add({"step": step, **row, "seconds": round(time.perf_counter() - started, 4)})
-            if (step + 1) % how.checkpoint_every == 0 or step + 1 == how.steps:
-                checkpoints.save(step + 1, module, optimizer)
-            progress(log.rows[-1])
+        return descent.run(how, lambda step: _step(scorer, slots, optimizer, curriculum, how, step), progress)
     finally:
         for weight, required in wanted:
             weight.requires_grad_(required)
-    return log.rows
 
 
 def loss(scorer: Scorer, members: Sequence[Slots], batch: Batch) -> Tensor:
@@ -140,16 +130,8 @@ def _step(
     step: int,
 ) -> dict[str, Any]:
     rate = how.learning_rate * warm_cosine(step, how.steps, how.warmup, how.floor)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     batch, members = curriculum[step]
     batch = batch.to(scorer.model.device)
     mean = loss(scorer, [slots[place] for place in members], batch)
-    value = float(mean.detach())
-    if not math.isfinite(value):
-        raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
-    optimizer.zero_grad(set_to_none=True)
-    mean.backward()
-    norm = torch.nn.utils.clip_grad_norm_([p for each in slots for p in each.parameters()], how.clip)
-    optimizer.step()
-    return {"loss": value, "learning_rate": rate, "norm": float(norm), "tokens": len(batch.at)}
+    weights = (weight for each in slots for weight in each.parameters())
+    return update(optimizer, weights, mean, how, rate, step) | {"tokens": len(batch.at)}

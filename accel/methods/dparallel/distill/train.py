@@ -6,7 +6,6 @@ Knows lessons, a denoiser and the parameters that learn. Does not know texts, wh
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.distill.batches import Packing
-from accel.distill.checkpoint import Checkpoints, Log
+from accel.distill.descent import Descent, update
 from accel.distill.forward import autocast
 from accel.distill.schedule import warm_cosine
 from accel.distill.teacher import Lesson
@@ -207,27 +206,18 @@ def train(
     """
     weights = list(learner.parameters())
     optimizer = torch.optim.AdamW(weights, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    checkpoints = Checkpoints(folder, asdict(how) | dict(made_from or {}))
     canvases = Canvases(lessons, how, denoiser.facts)
-    done = checkpoints.load(learner, optimizer)
-    log = Log(folder, done)
+    descent = Descent(learner, optimizer, folder, asdict(how) | dict(made_from or {}))
     required = [(each, each.requires_grad) for each in denoiser.model.parameters()]
     try:
         for weight, _ in required:
             weight.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        for step in range(done, how.steps):
-            started = time.perf_counter()
-            row = _step(denoiser, weights, optimizer, canvases[step], how, step)
-            log.add({"step": step, **row, "seconds": round(time.perf_counter() - started, 4)})
-            if (step + 1) % how.checkpoint_every == 0 or step + 1 == how.steps:
-                checkpoints.save(step + 1, learner, optimizer)
-            progress(log.rows[-1])
+        return descent.run(how, lambda step: _step(denoiser, weights, optimizer, canvases[step], how, step), progress)
     finally:
         for weight, needed in required:
             weight.requires_grad_(needed)
-    return log.rows
 
 
 def _step(
@@ -239,25 +229,9 @@ def _step(
     step: int,
 ) -> dict[str, Any]:
     rate = how.learning_rate * warm_cosine(step, how.steps, how.warmup, how.floor)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
     parts = loss(denoiser, views, how)
-    value = float(parts.loss.detach())
-    if not math.isfinite(value):
-        raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
-    optimizer.zero_grad(set_to_none=True)
-    parts.loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(weights, how.clip)
-    optimizer.step()
-    return {
-        "loss": value,
-        "cross_entropy": parts.cross_entropy,
-        "entropy": parts.entropy,
-        "correct": parts.correct,
-        "learning_rate": rate,
-        "norm": float(norm),
-        "tokens": len(views.labels),
-    }
+    told = {"cross_entropy": parts.cross_entropy, "entropy": parts.entropy, "correct": parts.correct}
+    return update(optimizer, weights, parts.loss, how, rate, step) | told | {"tokens": len(views.labels)}
 
 
 @torch.no_grad()

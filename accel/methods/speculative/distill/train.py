@@ -6,7 +6,6 @@ Knows ids of the draft's vocabulary alone. Does not know texts, where batches co
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from accel.distill.batches import Batch
-from accel.distill.checkpoint import Checkpoints, Log
+from accel.distill.descent import Descent, update
 from accel.distill.forward import Scorer, autocast
 from accel.distill.losses import LOSSES, Teacher, acceptance, pair, select, unlisted
 from accel.distill.losses import loss as divergence
 from accel.distill.schedule import warm_cosine
-from accel.errors import ModelError, OptionError, unknown_name
+from accel.errors import OptionError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -88,23 +87,16 @@ def train(
     optimizer = torch.optim.AdamW(
         _groups(student, how.weight_decay), lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=how.weight_decay
     )
-    checkpoints = Checkpoints(folder, asdict(how) | dict(made_from or {}))
-    done = checkpoints.load(student, optimizer)
-    log = Log(folder, done)
+    descent = Descent(student, optimizer, folder, asdict(how) | dict(made_from or {}))
     scorer = Scorer(student)
     judge = None if reference is None else Scorer(reference.eval())
     student.train()
     try:
-        for step in range(done, how.steps):
-            started = time.perf_counter()
-            row = _step(scorer, judge, optimizer, batches(step).to(student.device), how, step)
-            log.add({"step": step, **row, "seconds": round(time.perf_counter() - started, 4)})
-            if (step + 1) % how.checkpoint_every == 0 or step + 1 == how.steps:
-                checkpoints.save(step + 1, student, optimizer)
-            progress(log.rows[-1])
+        return descent.run(
+            how, lambda step: _step(scorer, judge, optimizer, batches(step).to(student.device), how, step), progress
+        )
     finally:
         student.eval()
-    return log.rows
 
 
 def _step(
@@ -115,8 +107,6 @@ def _step(
     how: Training,
     step: int,
 ) -> dict[str, Any]:
-    for group in optimizer.param_groups:
-        group["lr"] = how.rate(step)
     teacher = Teacher(batch.ids, batch.logp)
     device = batch.tokens.device
     # dropout's randomness belongs to the step, not to how many steps this process took
@@ -137,18 +127,10 @@ def _step(
         if batch.by_target:
             losses = losses + unlisted(logits, teacher, batch.answer)
     mean = losses[kept].sum() / kept.sum().clamp(min=1)
-    value = float(mean.detach())
-    if not math.isfinite(value):
-        raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
-    optimizer.zero_grad(set_to_none=True)
-    mean.backward()
-    norm = torch.nn.utils.clip_grad_norm_(scorer.model.parameters(), how.clip)
-    optimizer.step()
+    row = update(optimizer, scorer.model.parameters(), mean, how, how.rate(step), step)
     with torch.no_grad():
         agreement = float(acceptance(pairing).mean())
-    rate = optimizer.param_groups[0]["lr"]
-    figures = {"loss": value, "acceptance": agreement, "learning_rate": rate, "norm": float(norm)}
-    return figures | {"tokens": int(kept.sum())}
+    return row | {"acceptance": agreement, "tokens": int(kept.sum())}
 
 
 def next_token(logits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
