@@ -25,6 +25,13 @@ class ModelError(AccelError, RuntimeError):
     """A model that cannot be found, verified or driven."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as far as one line of ours can hold it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."
+
+
 def unknown_name(kind: str, given: str, allowed: Iterable[str]) -> str:
     """The one sentence for a name that is not in a table."""
     return f"unknown {kind} {given!r}: choose from {', '.join(sorted(allowed))}"

@@ -1,7 +1,14 @@
 """Distilled artifacts on disk: a folder of safetensors with `accel.json`, verified whenever it is read."""
 
 from accel.artifacts.checks import Check, non_finite
-from accel.artifacts.digest import config_digest, describe_base, file_digest, stable_settings, tokenizer_digest
+from accel.artifacts.digest import (
+    config_digest,
+    describe_base,
+    file_digest,
+    json_digest,
+    stable_settings,
+    tokenizer_digest,
+)
 from accel.artifacts.manifest import FORMAT_VERSION, KINDS, MANIFEST_NAME, BaseModel, FileEntry, Manifest
 from accel.artifacts.resolve import Found, cache_folder, default_roots, list_artifacts, resolve
 from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, update, verify
@@ -22,6 +29,7 @@ __all__ = [
     "default_roots",
     "describe_base",
     "file_digest",
+    "json_digest",
     "list_artifacts",
     "non_finite",
     "open_artifact",

@@ -52,19 +52,19 @@ def file_digest(path: str | Path) -> str:
 def config_digest(config: Any) -> str:
     """sha256 of a model configuration (a transformers config or its dict), without the volatile keys."""
     raw = config if isinstance(config, Mapping) else config.to_dict()
-    return _json_digest(stable_settings(raw))
+    return json_digest(stable_settings(raw))
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
     """sha256 of what a tokenizer does: its serialised backend where there is one, else its sorted vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return _json_digest(sorted(tokenizer.get_vocab().items()))
+        return json_digest(sorted(tokenizer.get_vocab().items()))
     state = json.loads(backend.to_str())
     # these two are the settings of the last call with padding=True or truncation=True, not part of the tokenizer
     for name in ("padding", "truncation"):
         state.pop(name, None)
-    return _json_digest(state)
+    return json_digest(state)
 
 
 def vocabulary_size(config: Any) -> int:
@@ -100,6 +100,7 @@ def stable_settings(value: Any) -> Any:
     return value
 
 
-def _json_digest(value: Any) -> str:
+def json_digest(value: Any) -> str:
+    """sha256 of a value as JSON, whatever the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -150,7 +150,6 @@ def _extend(
         row.logp.append(logp[place])
 
 
-@torch.no_grad()
 def judge_rows(
     target: SoftmaxTarget,
     written: Iterable[Written],
@@ -158,7 +157,20 @@ def judge_rows(
     rows: int,
     behind: Callable[[int], Sequence[Segment]] = _nothing,
 ) -> Iterator[Lesson]:
-    """The target's view of answers that somebody else wrote, with immutable context ``behind(index)`` before each.
+    """The target's view of answers that somebody else wrote, with immutable context ``behind(index)`` before each."""
+    for (index, prompt, answer), logits in answer_logits(target, written, rows, behind):
+        ids, logp = most_likely(logits, k)
+        yield Lesson(index, _int32(prompt), _int32(answer), ids, logp)
+
+
+@torch.no_grad()
+def answer_logits(
+    target: SoftmaxTarget,
+    written: Iterable[Written],
+    rows: int,
+    behind: Callable[[int], Sequence[Segment]] = _nothing,
+) -> Iterator[tuple[Written, Tensor]]:
+    """Each answer with the logits of its tokens, fp32 [A, V], behind immutable context and its prompt, in order.
 
     ``rows`` are read together; their contexts are held until they are done.
     """
@@ -166,12 +178,13 @@ def judge_rows(
     while some := list(islice(waiting, rows)):
         names = [target.open(behind(index)) for index, _, _ in some]
         tokens, _ = _padded(some)
+        # only the positions of some answer: a vocabulary's logits fill memory
         first = min(len(prompt) for _, prompt, _ in some) - 1
         logits = target.forward(tokens.to(target.device), names, keep=range(first, tokens.shape[1]))
-        for place, (index, prompt, answer) in enumerate(some):
+        for place, each in enumerate(some):
+            _, prompt, answer = each
             start = len(prompt) - 1 - first
-            ids, logp = most_likely(logits[place, start : start + len(answer)].float(), k)
-            yield Lesson(index, _int32(prompt), _int32(answer), ids, logp)
+            yield each, logits[place, start : start + len(answer)].float()
         target.close(names)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from accel.errors import AccelError, ModelError, OptionError
+from accel.errors import AccelError, ModelError, OptionError, first_line
 from accel.models.aliases import ALIASES, local_folder, progress_only_on_terminal
 
 DTYPES = {
@@ -115,7 +115,7 @@ def _load(name: str, device: torch.device, dtype: torch.dtype | None, *, local_o
         # one line already, and no other model's name would help
         raise
     except Exception as error:  # whatever the many libraries below raise for a bad file, the user gets one line
-        raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}; {_choices()}") from error
+        raise ModelError(f"cannot load the model {name!r}: {first_line(error)}; {_choices()}") from error
 
 
 def _load_weights(
@@ -199,16 +199,9 @@ def _ask_hub(name: str) -> None:
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_SECONDS)
     except Exception as error:  # the HTTP library below differs between versions, and so do its exceptions
         raise ModelError(
-            f"no model {name!r}: not a folder, not on this machine, and the hub says: {_first_line(error)}; "
-            f"{_choices()}"
+            f"no model {name!r}: not a folder, not on this machine, and the hub says: {first_line(error)}; {_choices()}"
         ) from error
 
 
 def _choices() -> str:
     return f"give a folder, a hub id, or one of the known names: {', '.join(sorted(ALIASES))}"
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else type(error).__name__
-    return text if len(text) <= 240 else text[:237] + "..."

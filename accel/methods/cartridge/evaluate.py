@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from accel.distill.teacher import answer_logits
 from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
 
@@ -25,19 +26,9 @@ def log_probabilities(
     answers: Sequence[Sequence[int]],
 ) -> list[float]:
     """Σ ln p(answer token | segments, prompt, answer so far) of each answer, in nats; token ids without padding."""
-    found: list[float] = []
-    for start in range(0, len(prompts), ROWS):
-        some = list(zip(prompts[start : start + ROWS], answers[start : start + ROWS], strict=True))
-        target = SoftmaxTarget(model)
-        rows = [target.open(segments) for _ in some]
-        tokens = torch.zeros(len(some), max(len(p) + len(a) for p, a in some) - 1, dtype=torch.long)
-        for row, (prompt, answer) in enumerate(some):
-            tokens[row, : len(prompt) + len(answer) - 1] = torch.tensor([*prompt, *answer[:-1]])
-        # only the positions of some answer: a vocabulary's logits fill memory
-        first = min(len(prompt) for prompt, _ in some) - 1
-        logits = target.forward(tokens.to(target.device), rows, keep=range(first, tokens.shape[1]))
-        for row, (prompt, answer) in enumerate(some):
-            begin = len(prompt) - 1 - first
-            scores = logits[row, begin : begin + len(answer)].float().log_softmax(-1)
-            found.append(float(scores.gather(-1, torch.tensor(list(answer), device=scores.device)[:, None]).sum()))
+    written = [(index, *pair) for index, pair in enumerate(zip(prompts, answers, strict=True))]
+    found = []
+    for (_, _, answer), logits in answer_logits(SoftmaxTarget(model), written, ROWS, lambda index: segments):
+        scores = logits.log_softmax(-1)
+        found.append(float(scores.gather(-1, torch.tensor(list(answer), device=scores.device)[:, None]).sum()))
     return found

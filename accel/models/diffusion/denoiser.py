@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from accel.errors import IncompatibleError, ModelError
+from accel.errors import IncompatibleError, ModelError, first_line
 from accel.models.diffusion.facts import DiffusionFacts
 
 # attention that takes any mask; other implementations build their own from lengths
@@ -275,7 +275,7 @@ class Denoiser:
             self._gathers = self._gathering_agrees(short, whole)
             together, changed, _ = self.logits([short, other, long], [everywhere, everywhere, everywhere])
         except Exception as error:  # whatever a class raises for a mask that it does not expect
-            raise ModelError(f"{name} cannot be read in both directions: {_first_line(error)}") from error
+            raise ModelError(f"{name} cannot be read in both directions: {first_line(error)}") from error
         finally:
             self.model.train(training)
         if self._same(together[:1], changed[:1]):
@@ -400,8 +400,3 @@ def _max_positions(model: PreTrainedModel, config: Any) -> int | None:
     embeddings = getattr(model.base_model, "embeddings", None)
     taken = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
     return limit if limit is None or taken is None else limit - taken - 1
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:200]

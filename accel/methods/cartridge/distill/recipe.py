@@ -6,8 +6,6 @@ Each step resumes: conversations go on behind the last shard, training behind th
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, config_digest, describe_base
+from accel.artifacts import Artifact, config_digest, describe_base, json_digest
 from accel.distill.batches import Lessons
 from accel.distill.checkpoint import KEPT, thinned
 from accel.distill.forward import Scorer
@@ -356,7 +354,8 @@ def _trained(
         slots,
         learned,
         recipe.training,
-        work / f"training-{_digest(made_from)}",
+        # others of the same conversations, in another size or at another rate, stand beside it
+        work / f"training-{json_digest(made_from)[:12]}",
         made_from=made_from,
         progress=lambda row: progress(
             f"training: step {row['step'] + 1} of {recipe.steps} · loss {row['loss']:.3f} · about "
@@ -374,11 +373,6 @@ def _trained(
         for one, lessons, held, start in zip(slots, learned, unseen, before, strict=True)
     ]
     return [each.segment(model.dtype) for each in slots], [row["loss"] for row in rows], measured
-
-
-def _digest(choices: Mapping[str, Any]) -> str:
-    """Names a training: others of the same conversations, in another size or at another rate, stand beside it."""
-    return hashlib.sha256(json.dumps(choices, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 @torch.no_grad()
