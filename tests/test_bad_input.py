@@ -7,19 +7,9 @@ import logging
 
 import pytest
 import torch
+from refusals import refusal
 
 import accel
-from accel.errors import AccelError
-
-
-def refusal(call):
-    """The message of the AccelError that ``call`` raises; it must be one line."""
-    with pytest.raises(AccelError) as caught:
-        call()
-    message = str(caught.value)
-    assert message and "\n" not in message and len(message) < 300
-    return message
-
 
 OPTIONS = {
     "unknown option": ({"draft_len": 3}, "draft_length"),

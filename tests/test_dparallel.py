@@ -23,12 +23,12 @@ from diffusion_models import (
     write_checkpoint,
 )
 from masked_loop import one_by_one
+from refusals import refusal
 from transformers import AutoConfig, AutoModelForMaskedLM, LogitsProcessor, LogitsProcessorList
 from transformers.generation import BaseStreamer
 
 import accel
 from accel.cli.main import main
-from accel.errors import AccelError
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Cartridge
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts, set_facts
@@ -54,14 +54,6 @@ class Columns(BaseStreamer):
 
     def end(self) -> None:
         self.ended += 1
-
-
-def refusal(call) -> str:
-    with pytest.raises(AccelError) as caught:
-        call()
-    message = str(caught.value)
-    assert message and "\n" not in message and len(message) < 300
-    return message
 
 
 FAMILIES = {

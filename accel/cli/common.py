@@ -109,6 +109,33 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)
 
 
+def run_options(*, bounds: str, plan: str) -> Callable[[Command], Command]:
+    """What every recipe's command ends with: disk, precision and device of a run, its plan, ``--json``.
+
+    ``bounds``: what is on disk; ``plan``: what ``--plan`` shows.
+    """
+    options = [
+        click.option("--max-disk", default="2GB", show_default=True, help=f"Bound on {bounds}."),
+        click.option(
+            "--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32."
+        ),
+        click.option("--threads", type=int, help="CPU threads of torch."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
+        click.option(
+            "--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16."
+        ),
+        click.option("--plan", "only_plan", is_flag=True, help=f"Show {plan}, and stop."),
+        json_option,
+    ]
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
 def output_option(command: Command) -> Command:
     """``--output FILE`` → ``output: Path | None``."""
     return click.option(

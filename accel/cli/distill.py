@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from accel.cli import distill_masked
-from accel.cli.common import DEFAULT_MODEL, Progress, emit, json_option, parse_bytes
+from accel.cli.common import DEFAULT_MODEL, Progress, emit, parse_bytes, run_options
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -83,13 +83,7 @@ def distill() -> None:
 @click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens of a batch, with padding.")
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="At its peak.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, batches and first weights.")
-@click.option("--max-disk", default="2GB", show_default=True, help="Bound on lessons, checkpoints and artifact.")
-@click.option("--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32.")
-@click.option("--threads", type=int, help="CPU threads of torch.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16.")
-@click.option("--plan", "only_plan", is_flag=True, help="Show disk use and what drafts would cost here, and stop.")
-@json_option
+@run_options(bounds="lessons, checkpoints and artifact", plan="disk use and what drafts would cost here")
 def draft(
     model: str,
     prompt_files: tuple[Path, ...],
@@ -239,13 +233,7 @@ def draft(
     help="Of several documents: share of the steps in which all cartridges stand together.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of questions, pieces, batches.")
-@click.option("--max-disk", default="2GB", show_default=True, help="Bound on conversations, checkpoints, artifacts.")
-@click.option("--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32.")
-@click.option("--threads", type=int, help="CPU threads of torch.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16.")
-@click.option("--plan", "only_plan", is_flag=True, help="Show tokens, slots and disk use, and stop.")
-@json_option
+@run_options(bounds="conversations, checkpoints, artifacts", plan="tokens, slots and disk use")
 def cartridge(
     model: str,
     corpus_files: tuple[Path, ...],

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from accel.cli.common import Progress, emit, json_option, parse_bytes, table
+from accel.cli.common import Progress, emit, json_option, parse_bytes, run_options, table
 from accel.errors import ArtifactError, OptionError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -111,19 +111,7 @@ def _recipe_options(**own: Any) -> Callable[[Command], Command]:
             "--held-out", type=float, default=0.02, show_default=True, help="Share of the prompts to measure with."
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of masks, batches and additions."),
-        click.option(
-            "--max-disk", default="2GB", show_default=True, help="Bound on answers, checkpoints and artifact."
-        ),
-        click.option(
-            "--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32."
-        ),
-        click.option("--threads", type=int, help="CPU threads of torch."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
-        click.option(
-            "--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16."
-        ),
-        click.option("--plan", "only_plan", is_flag=True, help="Show prompts, sizes and disk use, and stop."),
-        json_option,
+        run_options(bounds="answers, checkpoints and artifact", plan="prompts, sizes and disk use"),
     ]
 
     def decorate(command: Command) -> Command:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import toy_denoiser
 from masked_loop import one_by_one
+from refusals import refusal
 from transformers.generation import logits_process as hf
 
-from accel.errors import AccelError
 from accel.kernels.unmask import certainty
 from accel.methods.dparallel.decoder import DParallelDecoder
 from accel.methods.dparallel.options import DParallelOptions
@@ -286,14 +286,6 @@ def test_a_drawn_token_is_as_certain_as_it_is_probable(toys) -> None:
 def test_the_peak_of_the_cache_is_counted(toys) -> None:
     made = toys.run(toys.denoiser(), {"cache": "dual"}, toys.prompts(3), 8)
     assert made.stats.state_bytes == sum(8 * (len(prompt) + 8) for prompt in toys.prompts(3))
-
-
-def refusal(call) -> str:
-    with pytest.raises(AccelError) as caught:
-        call()
-    message = str(caught.value)
-    assert message and "\n" not in message and len(message) < 300
-    return message
 
 
 REQUESTS = {
