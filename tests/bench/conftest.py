@@ -6,9 +6,9 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
-import torch
+from byte_models import byte_llama
 from byte_tokenizer import byte_tokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import accel
 from accel.types import Stats
@@ -20,21 +20,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=2048,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
+def model() -> LlamaForCausalLM:
+    return byte_llama(max_position_embeddings=2048)
 
 
 @pytest.fixture

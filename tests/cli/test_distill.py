@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from byte_tokenizer import byte_tokenizer
+from byte_models import save_byte_llama
 from click.testing import CliRunner, Result
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import accel
 from accel.artifacts import open_artifact, tokenizer_digest
@@ -30,24 +28,7 @@ def run(*arguments: str | Path) -> Result:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with a byte tokenizer, as transformers saves them."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    where = tmp_path_factory.mktemp("model")
-    LlamaForCausalLM(config).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    return save_byte_llama(tmp_path_factory.mktemp("model"), max_position_embeddings=128)
 
 
 @pytest.fixture(scope="module")

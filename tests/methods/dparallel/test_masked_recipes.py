@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_models import save_byte_llama
 from byte_tokenizer import byte_tokenizer
 from click.testing import CliRunner, Result
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForMaskedLM
 
 import accel
 from accel.artifacts import open_artifact, update, verify
@@ -44,24 +45,7 @@ def fine(result: Result) -> Result:
 @pytest.fixture(scope="module")
 def causal(tmp_path_factory) -> Path:
     """A tiny causal model with a byte tokenizer, as transformers saves them."""
-    tokenizer = byte_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=0,
-    )
-    where = tmp_path_factory.mktemp("causal")
-    LlamaForCausalLM(config).save_pretrained(where)
-    tokenizer.save_pretrained(where)
-    return where
+    return save_byte_llama(tmp_path_factory.mktemp("causal"), max_position_embeddings=64, initializer_range=0.1)
 
 
 @pytest.fixture(scope="module")
