@@ -210,9 +210,10 @@ def draft(
 @click.option(
     "--conversations",
     type=int,
-    default=1024,
+    multiple=True,
+    default=(1024,),
     show_default=True,
-    help="Of MODEL with itself, about the longest document.",
+    help="Of MODEL with itself, about the longest document, and about others in proportion; or once for each --corpus.",
 )
 @click.option("--shortest-chunk", type=int, default=256, show_default=True, help="Tokens in view of a conversation…")
 @click.option("--longest-chunk", type=int, default=1024, show_default=True, help="… at random between these.")
@@ -240,6 +241,7 @@ def cartridge(
     output: Path | None,
     work: Path | None,
     begun: tuple[str, ...],
+    conversations: tuple[int, ...],
     max_disk: str,
     weights: str,
     threads: int | None,
@@ -258,7 +260,8 @@ def cartridge(
     from accel.methods.cartridge.distill.recipe import Recipe, distill_cartridges, prepare, read_corpora, summary
     from accel.models.loading import load_model
 
-    recipe = Recipe(max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
+    asked = conversations[0] if len(conversations) == 1 else conversations
+    recipe = Recipe(conversations=asked, max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
     corpora = read_corpora(corpus_files, recipe)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -19,10 +19,12 @@ from accel.methods.cartridge.cartridge import Parameters
 from accel.methods.cartridge.distill.recipe import Recipe
 
 TEXT = "The ferry Marigold leaves at nine. The lamp was lit in 1903 by Ada Holm. " * 3
-SMALL = (
-    "--template text --conversations 32 --shortest-chunk 20 --longest-chunk 40 --per-chunk 8 --question-tokens 5 "
+SIZES = (
+    "--template text --shortest-chunk 20 --longest-chunk 40 --per-chunk 8 --question-tokens 5 "
     "--answer-tokens 6 --k 4 --steps 8 --batch-tokens 512"
 ).split()
+SMALL = ("--conversations", "32", *SIZES)
+OWN = ("--conversations", 48)
 
 
 def run(*arguments: str | Path) -> Result:
@@ -44,7 +46,7 @@ def corpus(tmp_path: Path) -> Path:
 
 def test_a_cartridge_is_trained_verified_and_read(folder: Path, corpus: Path, tmp_path: Path) -> None:
     output = tmp_path / "handbook-cartridge"
-    size = ("--compression", 8, *SMALL, "--conversations", 160, "--steps", 40, "--learning-rate", 0.005)
+    size = ("--compression", 8, *SIZES, "--conversations", 160, "--steps", 40, "--learning-rate", 0.005)
     result = run("distill", "cartridge", folder, "--corpus", corpus, "--output", output, *size)
     assert result.exit_code == 0, result.output
     assert result.stderr == ""  # progress is for terminals
@@ -166,6 +168,10 @@ def test_a_plan_writes_nothing(folder: Path, corpus: Path, tmp_path: Path) -> No
     both = ("--corpus", corpus, "--corpus", short)
     result = run("distill", "cartridge", folder, *both, "--compression", 4, "--plan", "--json", *SMALL)
     assert [each["conversations"] for each in json.loads(result.stdout)["documents"]] == [32, 11]
+    result = run("distill", "cartridge", folder, *both, "--compression", 4, "--plan", "--json", *SMALL, *OWN)
+    assert [each["conversations"] for each in json.loads(result.stdout)["documents"]] == [32, 48]
+    result = run("distill", "cartridge", folder, "--corpus", corpus, "--compression", 4, "--plan", *SMALL, *OWN)
+    assert result.exit_code == 1 and "conversations=(32, 48) for 1 documents: give one number" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -233,7 +239,8 @@ def test_verify_finds_a_path_that_is_wrong(
 
 def test_the_recipe_hands_its_choices_on() -> None:
     recipe = Recipe(tokens=9, conversations=7, answer_tokens=11, steps=13, learning_rate=0.5, seed=3)
-    assert (recipe.study.conversations, recipe.study.answer_tokens, recipe.study.seed) == (7, 11, 3)
+    study = recipe.study(*recipe.conversations_about([100]))
+    assert (study.conversations, study.answer_tokens, study.seed) == (7, 11, 3)
     assert (recipe.training.steps, recipe.training.learning_rate, recipe.training.seed) == (13, 0.5, 3)
     with pytest.raises(OptionError, match="unknown start"):
         Recipe(tokens=9, start="middle")

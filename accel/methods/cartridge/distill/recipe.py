@@ -55,8 +55,8 @@ class Recipe:
     instruction: str = ""
     start: str = "chunks"
     sink_tokens: int = 1
-    # about the longest document; see Study
-    conversations: int = 1024
+    # about the longest document, and about others in proportion; or, given as many, about each; see Study
+    conversations: int | tuple[int, ...] = 1024
     shortest_chunk: int = 256
     longest_chunk: int = 1024
     per_chunk: int = 16
@@ -94,11 +94,24 @@ class Recipe:
         if self.sink_tokens < 0 or self.max_bytes < 1:
             raise OptionError(f"sink_tokens={self.sink_tokens}, max_bytes={self.max_bytes}: ≥ 0 and ≥ 1")
         # these check the rest
-        assert self.study.seed == self.training.seed
+        for count in self.conversations if isinstance(self.conversations, tuple) else (self.conversations,):
+            assert self.study(count).seed == self.training.seed
 
-    @property
-    def study(self) -> Study:
-        return Study(**{each.name: getattr(self, each.name) for each in fields(Study) if hasattr(self, each.name)})
+    def study(self, conversations: int) -> Study:
+        """How so many conversations are held about one document."""
+        named = {each.name: getattr(self, each.name) for each in fields(Study) if hasattr(self, each.name)}
+        return Study(**named | {"conversations": conversations})
+
+    def conversations_about(self, lengths: Sequence[int]) -> list[int]:
+        """Of each document, by their tokens: a shorter one has less to ask about, unless each is given its own."""
+        if not isinstance(self.conversations, tuple):
+            return [max(round(self.conversations * each / max(lengths)), 1) for each in lengths]
+        if len(self.conversations) != len(lengths):
+            raise OptionError(
+                f"conversations={self.conversations} for {len(lengths)} documents: give one number for the longest, "
+                "or one for each"
+            )
+        return list(self.conversations)
 
     @property
     def training(self) -> Training:
@@ -182,10 +195,8 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
         )
     geometry = Geometry.of(model.config)
     numbers = sum(2 * geometry.layers * geometry.kv_heads * geometry.head_dim * each for each in slots)
-    # a shorter document has less to ask about
-    shares = [len(each) / max(map(len, ids)) for each in ids]
-    asked = [max(round(recipe.conversations * share), 1) for share in shares]
-    studies = [dataclasses.replace(recipe.study, conversations=count) for count in asked] if learns else []
+    asked = recipe.conversations_about([len(each) for each in ids])
+    studies = [recipe.study(count) for count in asked] if learns else []
     lessons = sum(each.predicted_bytes() for each in studies)
     # weights and two moments in fp32
     checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
