@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel.distill.forward import autocast
 from accel.distill.schedule import warm_cosine
@@ -24,8 +24,8 @@ from accel.distill.schedule import warm_cosine
 END, ANSWER, MASK = "<|end|>", "<|answer|>", "<|mask|>"
 # a digit is a token, so that sums are learned by digits; a word never joins the next one
 PIECES = Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
-# batches that are sorted by length together
-_SORTED = 16
+# pairs that are sorted by length together
+_SORTED = 2048
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{{ '<|end|>' if message['role'] == 'assistant' else '<|answer|>' }}{% endfor %}"
@@ -82,13 +82,16 @@ def batch(rows: list[list[list[int]]], end: int) -> tuple[torch.Tensor, torch.Te
     return tokens, labels
 
 
-def epochs(pairs: list[list[list[int]]], rows: int, chance: random.Random) -> Iterator[list[list[list[int]]]]:
-    """Batches of ``rows`` pairs for ever; those of a batch are about equally long, so that little of it is padding."""
+def epochs(pairs: list[list[list[int]]], tokens: int, chance: random.Random) -> Iterator[list[list[list[int]]]]:
+    """Batches of at most ``tokens`` with padding, for ever; those of a batch are about equally long."""
     while True:
         order = chance.sample(pairs, len(pairs))
-        for start in range(0, len(order) - _SORTED * rows + 1, _SORTED * rows):
-            near = sorted(order[start : start + _SORTED * rows], key=lambda pair: sum(map(len, pair)))
-            parts = [near[place : place + rows] for place in range(0, len(near), rows)]
+        for start in range(0, len(order), _SORTED):
+            parts: list[list[list[list[int]]]] = [[]]
+            for pair in sorted(order[start : start + _SORTED], key=lambda each: sum(map(len, each))):
+                if (len(parts[-1]) + 1) * sum(map(len, pair)) > tokens:
+                    parts.append([])
+                parts[-1].append(pair)
             yield from chance.sample(parts, len(parts))
 
 
@@ -96,23 +99,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True, help="lines with question and answer")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--rows", type=int, default=48, help="problems of a step")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step, with padding")
+    parser.add_argument("--start", type=Path, help="a folder that this script wrote, to go on from")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
-    parser.add_argument("--vocabulary", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     if given.output.exists():
         parser.error(f"{given.output} exists already: choose another folder")
     lines: list[dict[str, Any]] = [json.loads(line) for line in given.prompts.read_text().splitlines()]
-    tokenizer = make_tokenizer([line[part] for line in lines for part in ("question", "answer")], given.vocabulary)
+    if given.start is None:
+        tokenizer = make_tokenizer([line[part] for line in lines for part in ("question", "answer")], given.vocabulary)
+        model = make_model(tokenizer, given.seed)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(given.start)
+        model = LlamaForCausalLM.from_pretrained(given.start, dtype=torch.float32)
     end = tokenizer.eos_token_id
     asked = [tokenizer(line["question"] + ANSWER)["input_ids"] for line in lines]
     pairs = [[ids, [*tokenizer(line["answer"])["input_ids"], end]] for ids, line in zip(asked, lines, strict=True)]
-    model = make_model(tokenizer, given.seed)
     print(f"{sum(each.numel() for each in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    batches = epochs(pairs, given.rows, random.Random(given.seed))
+    batches = epochs(pairs, given.batch_tokens, random.Random(given.seed))
     for step in range(given.steps):
         tokens, labels = batch(next(batches), end)
         for group in optimizer.param_groups:

@@ -1,7 +1,8 @@
 """Word problems of two or three steps of arithmetic, with worked answers: JSON lines on stdout.
 
-    python problems.py --count 60000 --seed 0 > train.jsonl
+    python problems.py --count 80000 --seed 0 > train.jsonl
     python problems.py --count 500 --seed 1 > ../../../../bench/data/arithmetic.jsonl
+    python problems.py --sums > sums.jsonl      # every step by itself, without a story
 
 Every number is from 1 to 99. The same step is worded in many ways, as people do: a model of such text is sure of few
 words before it has read the ones in front of them. Problems of an odd seed and of an even seed are never the same.
@@ -185,12 +186,27 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
     return list(found.values())
 
 
+def sums() -> list[dict[str, str]]:
+    """Every step that a problem can ask for, once: "Work out 12 + 5." and "12 + 5 = 17. #### 17"."""
+    found = {}
+    for left in range(1, MOST + 1):
+        for right in range(1, MOST + 1):
+            for sign, result in ("+", left + right), ("-", left - right), ("*", left * right), ("/", left // right):
+                small = right in (range(2, 46) if sign == "+" else range(2, 31) if sign == "-" else range(2, 10))
+                if small and 1 <= result <= MOST and (sign != "/" or (left % right == 0 and right <= 5)):
+                    asked = f"{left} {sign} {right}"
+                    found[asked] = {"question": f"Work out {asked}.", "answer": f"{asked} = {result}. #### {result}"}
+    return list(found.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--count", type=int, required=True, help="how many")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--count", type=int, help="how many problems")
+    what.add_argument("--sums", action="store_true", help="every sum once, instead of problems")
     parser.add_argument("--seed", type=int, default=0, help="of chance; odd and even seeds share no problem")
     given = parser.parse_args()
-    for one in problems(given.count, given.seed):
+    for one in sums() if given.sums else problems(given.count, given.seed):
         sys.stdout.write(json.dumps(one) + "\n")
 
 
