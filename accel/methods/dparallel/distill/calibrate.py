@@ -48,7 +48,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Said:
-    """What a model said to prompts, in their order. ``forwards``, ``tokens``: of all prompts, counted as in ``Point``."""
+    """What a model said to prompts, in their order. ``forwards``, ``tokens``: of all, counted as in ``Point``."""
 
     texts: list[str]
     forwards: int
@@ -223,7 +223,7 @@ def check_length(limit: int | None, block_length: int, longest: int, max_new_tok
     if limit is not None and longest + canvas > limit:
         raise OptionError(
             f"max_new_tokens={max_new_tokens}: behind a prompt of {longest} tokens that is {longest + canvas} "
-            f"positions, the model has {limit}; ask for less or leave long prompts out (longest_prompt)"
+            f"positions, the model has {limit}; ask for less, or leave long prompts out"
         )
 
 
