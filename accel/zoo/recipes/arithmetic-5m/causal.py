@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from accel.distill.schedule import warm_cosine
 END, ANSWER, MASK = "<|end|>", "<|answer|>", "<|mask|>"
 # a digit is a token, so that sums are learned by digits; a word never joins the next one
 PIECES = Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
+# batches that are sorted by length together
+_SORTED = 16
 TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
     "{{ '<|end|>' if message['role'] == 'assistant' else '<|answer|>' }}{% endfor %}"
@@ -79,12 +82,22 @@ def batch(rows: list[list[list[int]]], end: int) -> tuple[torch.Tensor, torch.Te
     return tokens, labels
 
 
+def epochs(pairs: list[list[list[int]]], rows: int, chance: random.Random) -> Iterator[list[list[list[int]]]]:
+    """Batches of ``rows`` pairs for ever; those of a batch are about equally long, so that little of it is padding."""
+    while True:
+        order = chance.sample(pairs, len(pairs))
+        for start in range(0, len(order) - _SORTED * rows + 1, _SORTED * rows):
+            near = sorted(order[start : start + _SORTED * rows], key=lambda pair: sum(map(len, pair)))
+            parts = [near[place : place + rows] for place in range(0, len(near), rows)]
+            yield from chance.sample(parts, len(parts))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True, help="lines with question and answer")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--rows", type=int, default=64, help="problems of a step")
+    parser.add_argument("--steps", type=int, default=1300)
+    parser.add_argument("--rows", type=int, default=48, help="problems of a step")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--vocabulary", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,11 +112,9 @@ def main() -> None:
     model = make_model(tokenizer, given.seed)
     print(f"{sum(each.numel() for each in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
-    chance, order = random.Random(given.seed), []
+    batches = epochs(pairs, given.rows, random.Random(given.seed))
     for step in range(given.steps):
-        if len(order) < given.rows:
-            order = chance.sample(range(len(pairs)), len(pairs))
-        tokens, labels = batch([pairs[order.pop()] for _ in range(given.rows)], end)
+        tokens, labels = batch(next(batches), end)
         for group in optimizer.param_groups:
             group["lr"] = given.learning_rate * warm_cosine(step, given.steps, 0.05, 0.05)
         with autocast(model.device):
