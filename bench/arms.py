@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import accel
-from accel.artifacts import resolve
+from accel.artifacts import find_artifact
 from accel.engine.attached import STATE, Attached
 from accel.engine.drafts import drafter_from
-from accel.errors import AccelError, ArtifactError, OptionError, unknown_name
+from accel.errors import AccelError, OptionError, unknown_name
 
 # transformers' own default for prompt lookup in its documentation
 LOOKUP_TOKENS = 10
@@ -74,18 +74,9 @@ class Draft:
     reason: str = ""
 
 
-def is_artifact(source: str) -> bool:
-    """Whether it is the folder or id of an artifact; nothing is opened."""
-    try:
-        resolve(source)
-    except ArtifactError:
-        return False
-    return True
-
-
 def find_draft(source: str, target: Any, **load_options: Any) -> Draft:
     """Load ``source`` once, so that both runtimes draft with the same object where both can."""
-    if is_artifact(source):
+    if find_artifact(source) is not None:
         return Draft(drafter_from(source, target), reason=f"{source} is an artifact of accel")
     try:
         assistant = accel.load(source, **load_options).model

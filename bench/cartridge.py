@@ -12,22 +12,19 @@ questions of each category are told apart, so that one sees whether every docume
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import accel
 from accel.artifacts import open_artifact, resolve
 from accel.bench import environment, saving
+from accel.bench.measure import clocked, left_padded, rotated
 from accel.bench.metrics import paired_speedup
 from accel.bench.report import table
-from accel.bench.workloads import Prompt, digest, encode, load_jsonl
+from accel.bench.workloads import Prompt, digest, encode, load_answered
 from accel.errors import AccelError, OptionError
 from accel.methods.cartridge import document, parity
 from accel.methods.cartridge.cartridge import Cartridge
@@ -97,7 +94,7 @@ class Context:
 
 def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     """Measure as ``plan`` says and return the document, which is also written to ``plan.output``."""
-    prompts = _questions(plan)
+    prompts = _spread(load_answered(plan.questions), plan.limit)
     texts = [_read(path) for path in plan.corpora]
     names = list(dict.fromkeys(name for each in plan.artifacts for name in _members(each)))
     opened = {name: open_artifact(resolve(name)) for name in names}
@@ -175,13 +172,6 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     return result
 
 
-def _questions(plan: Plan) -> list[Prompt]:
-    prompts = _spread(load_jsonl(plan.questions), plan.limit)
-    if any(not prompt.answer for prompt in prompts):
-        raise OptionError(f"{plan.questions}: every question needs an answer to be held against")
-    return prompts
-
-
 def _spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     """At most ``limit`` of them from all over the file: its first ones ask about the beginning of a document."""
     if limit is None or limit >= len(prompts):
@@ -252,7 +242,7 @@ def _quality(
     sums = log_probabilities(model, segments, asked, answers)
     said = []
     for start in range(0, len(asked), ROWS):
-        batch = _batch(model, asked[start : start + ROWS])
+        batch = left_padded(asked[start : start + ROWS], model.device)
         out = model.generate(
             **batch, max_new_tokens=plan.max_new_tokens, do_sample=False, cartridges=list(context.cartridges)
         )
@@ -300,12 +290,12 @@ def _first_tokens(model: Any, contexts: Sequence[Context], asked: Sequence[Seque
     """Seconds from call to first token, contexts taken in turn; ratios to the whole document in the prompt."""
     times: dict[str, list[float]] = {context.name: [] for context in contexts}
     for number in range(TIMED + 1):
-        for context in _rotated(contexts, number):
-            batch = _batch(model, [_prompt(context, asked[number % len(asked)])])
-            started = time.perf_counter()
-            model.generate(**batch, max_new_tokens=1, do_sample=False, cartridges=list(context.cartridges))
+        for context in rotated(contexts, number):
+            batch = left_padded([_prompt(context, asked[number % len(asked)])], model.device)
+            one = {"max_new_tokens": 1, "do_sample": False, "cartridges": list(context.cartridges)}
+            _, _, seconds = clocked(model, **batch, **one)
             if number:  # the first round warms caches up
-                times[context.name].append(time.perf_counter() - started)
+                times[context.name].append(seconds)
     return {
         name: {"ttft_ms": 1000 * median(each), "ttft_speedup": _ratio(times[FULL], each)}
         for name, each in times.items()
@@ -320,9 +310,9 @@ def _throughput(
     held: dict[str, int] = {}
     tokens = plan.max_new_tokens
     for number in range(plan.repeat):
-        for context in _rotated(contexts, number):
+        for context in rotated(contexts, number):
             some = [asked[(number + place) % len(asked)] for place in range(count)]
-            batch = _batch(model, [_prompt(context, each) for each in some])
+            batch = left_padded([_prompt(context, each) for each in some], model.device)
             model.generate(
                 **batch,
                 max_new_tokens=tokens,
@@ -348,22 +338,6 @@ def _ratio(reference: Sequence[float], mine: Sequence[float]) -> list[float] | N
     """Median, p20, p80 of paired ratios: how many times as fast."""
     found = paired_speedup([a / b for a, b in zip(reference, mine, strict=True)])
     return None if found is None else [found.median, found.p20, found.p80]
-
-
-def _rotated(contexts: Sequence[Context], number: int) -> list[Context]:
-    place = number % len(contexts)
-    return [*contexts[place:], *contexts[:place]]
-
-
-def _batch(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Left-padded, as transformers wants it."""
-    longest = max(len(each) for each in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for place, each in enumerate(rows):
-        ids[place, longest - len(each) :] = torch.tensor(list(each))
-        mask[place, longest - len(each) :] = 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
 def terminal(result: Mapping[str, Any]) -> str:

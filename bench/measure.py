@@ -1,11 +1,11 @@
-"""One timed call of generate(): the clock, the streamer that stamps chunks, and the record that is kept."""
+"""One timed call of generate(): its batch, the clock, the streamer that stamps chunks, and the record that is kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from accel.bench.arms import Arm
+
+Item = TypeVar("Item")
 
 
 class StampStreamer(BaseStreamer):
@@ -81,16 +83,8 @@ def run(arm: Arm, model: Any, input_ids: Tensor, kwargs: Mapping[str, Any], reco
     streamer = StampStreamer()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    synchronize(device)
-    start = time.perf_counter()
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        streamer=streamer,
-        **{**kwargs, **arm.kwargs},
-    )
-    synchronize(device)
-    record.seconds = time.perf_counter() - start
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    output, start, record.seconds = clocked(model, **inputs, streamer=streamer, **{**kwargs, **arm.kwargs})
     record.times = [stamp - start for stamp in streamer.times]
     record.peak_bytes = peak_bytes(device)
     sequences = getattr(output, "sequences", output)
@@ -99,6 +93,32 @@ def run(arm: Arm, model: Any, input_ids: Tensor, kwargs: Mapping[str, Any], reco
     stats = arm.stats(model)
     record.stats = None if stats is None else stats.as_dict()
     return record
+
+
+def clocked(model: Any, **kwargs: Any) -> tuple[Any, float, float]:
+    """What ``model.generate(**kwargs)`` returns, the moment it was called, and the seconds until it was done."""
+    synchronize(model.device)
+    start = time.perf_counter()
+    output = model.generate(**kwargs)
+    synchronize(model.device)
+    return output, start, time.perf_counter() - start
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> dict[str, Tensor]:
+    """Prompts of token ids as the batch that generate() wants: ``input_ids`` and ``attention_mask`` [R, T]."""
+    longest = max(len(each) for each in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for place, each in enumerate(rows):
+        ids[place, longest - len(each) :] = torch.tensor(list(each))
+        mask[place, longest - len(each) :] = 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def rotated(items: Sequence[Item], by: int) -> list[Item]:
+    """The same, another one first: who comes first in a turn must not be the same every time."""
+    by %= len(items)
+    return [*items[by:], *items[:by]]
 
 
 def peak_bytes(device: torch.device) -> int:

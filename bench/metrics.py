@@ -69,11 +69,32 @@ def paired_speedup(ratios: Sequence[float]) -> Speedup | None:
     if not ratios:
         return None
     array = np.asarray(ratios, dtype=float)
-    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, array.size, (BOOTSTRAP_SAMPLES, array.size))
-    medians = np.median(array[draws], axis=1)
     p20, p80 = np.percentile(array, [20, 80])
-    low, high = np.percentile(medians, [2.5, 97.5])
+    low, high = np.percentile(np.median(_drawn_again(array), axis=1), [2.5, 97.5])
     return Speedup(float(np.median(array)), float(p20), float(p80), float(low), float(high), array.size)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean over prompts, and its bootstrap 95 % interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def paired_difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference:
+    """How much more ``mine`` are than ``theirs``, prompt by prompt: prompts are drawn again, pairs stay together."""
+    array = np.asarray(mine, dtype=float) - np.asarray(theirs, dtype=float)
+    low, high = np.percentile(_drawn_again(array).mean(axis=1), [2.5, 97.5])
+    return Difference(float(array.mean()), float(low), float(high))
+
+
+def _drawn_again(array: np.ndarray) -> np.ndarray:
+    """[N] → [samples, N]: as many of the values, with replacement."""
+    draws = np.random.default_rng(BOOTSTRAP_SEED).integers(0, array.size, (BOOTSTRAP_SAMPLES, array.size))
+    found: np.ndarray = array[draws]
+    return found
 
 
 def paired_ratio(reference: Sequence[tuple[int, float]], arm: Sequence[tuple[int, float]]) -> float | None:

@@ -32,15 +32,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Chart:
-    """A plot's words and its diagonal.
+    """A plot's words, its diagonal and its lines.
 
-    ``band`` = 0.15 draws y = x and shades what lies from 0.85 x to 1.15 x; None draws neither.
+    ``band`` = 0.15 draws y = x and shades what lies from 0.85 x to 1.15 x; None draws neither. ``joined`` draws a line
+    through the points of each kind, in the order in which they are given.
     """
 
     title: str
     x: str
     y: str
     band: float | None = None
+    joined: bool = False
 
 
 def scatter(chart: Chart, points: Sequence[Point]) -> str:
@@ -105,6 +107,8 @@ def _inside(chart: Chart, points: Sequence[Point]) -> str:
     if chart.band is not None:
         parts += _diagonal(chart.band, x, y)
     kinds = list(dict.fromkeys(point.kind for point in points))
+    if chart.joined:
+        parts += [_line([p for p in points if p.kind == kind], x, y, place) for place, kind in enumerate(kinds)]
     parts += [_mark(point, x, y, kinds.index(point.kind)) for point in points]
     for place, kind in enumerate(kinds):
         middle = TOP + 12 + 18 * place
@@ -146,6 +150,11 @@ def _diagonal(band: float, x: _Axis, y: _Axis) -> list[str]:
         f'<polygon points="{area}" fill="{INK}" fill-opacity="0.08"/>',
         f'<path d="{ends}" stroke="{INK}" stroke-dasharray="4 3"/>',
     ]
+
+
+def _line(points: Sequence[Point], x: _Axis, y: _Axis, place: int) -> str:
+    corners = " ".join(f"{x(point.x):.1f},{y(point.y):.1f}" for point in points)
+    return f'<polyline points="{corners}" fill="none" stroke="{COLOURS[place % len(COLOURS)]}"/>'
 
 
 def _mark(point: Point, x: _Axis, y: _Axis, place: int) -> str:

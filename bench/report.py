@@ -25,14 +25,20 @@ def heading(document: Mapping[str, Any]) -> str:
 
 def opening(document: Mapping[str, Any], prompts: int, decoding: str) -> str:
     """What was run, where, and with which versions."""
+    settings = document["settings"]
+    repeated = f"{prompts} prompts × {settings['max_new_tokens']} new tokens × {settings['repeat']}"
+    return banner(document, f"{repeated}, {decoding}")
+
+
+def banner(document: Mapping[str, Any], asked: str) -> str:
+    """Two lines: the model and the machine; what was ``asked`` and the versions."""
     settings, environment = document["settings"], document["environment"]
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     unfinished = "" if document["complete"] else " · UNFINISHED"
     return (
         f"{settings['model']} · {settings['dtype']} · {where}\n"
-        f"{prompts} prompts × {settings['max_new_tokens']} new tokens × {settings['repeat']}, {decoding} · "
-        f"accel {environment['accel']} ({environment['commit'] or 'no commit'}), torch {environment['torch']}, "
-        f"transformers {environment['transformers']}{unfinished}"
+        f"{asked} · accel {environment['accel']} ({environment['commit'] or 'no commit'}), "
+        f"torch {environment['torch']}, transformers {environment['transformers']}{unfinished}"
     )
 
 

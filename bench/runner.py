@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accel.bench import gate
 from accel.bench.arms import Arm, reference_of
-from accel.bench.measure import Record, generate_kwargs, run
+from accel.bench.measure import Record, generate_kwargs, rotated, run
 from accel.bench.workloads import Prompt, encode
 from accel.errors import OptionError
 
@@ -93,7 +93,7 @@ class Runner:
                 break
             of_turn = []
             for repetition in range(self.settings.repeat):
-                for arm in _rotated(self.arms, index + repetition):
+                for arm in rotated(self.arms, index + repetition):
                     if arm.name not in self.broken:
                         record = Record(prompt.id, prompt.category, prompt.group, arm.name, turn, repetition)
                         record.temperature = self.settings.temperature
@@ -148,8 +148,3 @@ class Runner:
 
     def _to_model(self, input_ids: Tensor) -> Tensor:
         return input_ids.to(self.model.device)
-
-
-def _rotated(arms: Sequence[Arm], by: int) -> list[Arm]:
-    by %= len(arms)
-    return [*arms[by:], *arms[:by]]

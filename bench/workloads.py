@@ -118,6 +118,14 @@ def load_jsonl(path: str | Path) -> list[Prompt]:
     return prompts
 
 
+def load_answered(path: str | Path) -> list[Prompt]:
+    """The same of a file whose every question has an answer; others are refused."""
+    prompts = load_jsonl(path)
+    if any(not prompt.answer for prompt in prompts):
+        raise OptionError(f"{path}: every question needs an answer to be held against")
+    return prompts
+
+
 def _parse(line: str, where: str, number: int) -> Prompt:
     try:
         row = json.loads(line)

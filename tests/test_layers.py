@@ -31,6 +31,10 @@ BENCH_MAY = {
     "accel.engine.attached",
     # the suite `cartridge` reads documents as recipes do, and proves the path before it measures
     "accel.methods.cartridge",
+    # the suite `dparallel` opens models, decodes, counts and sweeps as calibration does
+    "accel.methods.dparallel.distill.calibrate",
+    "accel.methods.dparallel.distill.opened",
+    "accel.methods.dparallel.options",
     "accel.methods.speculative.distill",
     "accel.methods.speculative.options",
 }

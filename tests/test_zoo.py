@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -73,6 +74,13 @@ def test_a_cartridge_is_small_and_of_the_document_that_is_asked_about(name: str)
     for row in rows:
         assert row["category"] == name and row["answer"].lower() in text.lower() and row["question"] not in text
         assert row["answer"].lower() in row["reply"].lower()
+
+
+def test_the_arithmetic_problems_are_those_of_the_recipe() -> None:
+    """Of an odd seed, as none of the problems to learn from are."""
+    recipe = runpy.run_path(str(ZOO / "recipes" / "arithmetic-5m" / "problems.py"))
+    rows = [json.loads(line) for line in (DATA / "arithmetic.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == recipe["problems"](500, 1) and len({row["question"] for row in rows}) == 500
 
 
 def test_the_cartridges_were_trained_to_stand_together() -> None:

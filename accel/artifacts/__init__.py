@@ -10,7 +10,7 @@ from accel.artifacts.digest import (
     tokenizer_digest,
 )
 from accel.artifacts.manifest import FORMAT_VERSION, KINDS, MANIFEST_NAME, BaseModel, FileEntry, Manifest
-from accel.artifacts.resolve import Found, cache_folder, default_roots, list_artifacts, resolve
+from accel.artifacts.resolve import Found, cache_folder, default_roots, find_artifact, list_artifacts, resolve
 from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, update, verify
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "default_roots",
     "describe_base",
     "file_digest",
+    "find_artifact",
     "json_digest",
     "list_artifacts",
     "non_finite",

@@ -62,6 +62,14 @@ def resolve(name_or_path: str | Path, roots: Sequence[str | Path] | None = None)
     raise ArtifactError(_not_found(given, folder.is_dir(), roots))
 
 
+def find_artifact(name_or_path: str | Path) -> Path | None:
+    """The same, or None where there is no such artifact; nothing is opened."""
+    try:
+        return resolve(name_or_path)
+    except ArtifactError:
+        return None
+
+
 def list_artifacts(roots: Sequence[str | Path] | None = None) -> list[Found]:
     """Every id that `resolve` would find, sorted; of two with one id, the earlier root's."""
     found: dict[str, Found] = {}

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 from click.core import ParameterSource
 
-from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MODEL, Progress
+from accel.cli.common import (
+    DEFAULT_CARTRIDGE,
+    DEFAULT_DRAFT,
+    DEFAULT_MASKED,
+    DEFAULT_MASKED_BASE,
+    DEFAULT_MODEL,
+    Progress,
+)
 from accel.errors import OptionError, unknown_name
 
 if TYPE_CHECKING:
@@ -34,13 +41,16 @@ USES = {
     "cartridge": _ALWAYS
     | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens"}
     | {"concurrency", "repeat"},
+    "dparallel": _ALWAYS
+    | {"model", "dtype", "artifacts", "prompt_file", "limit", "max_new_tokens"}
+    | {"rows", "timed", "repeat", "no_sweep", "svg_file"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
 
 
 @click.command("bench")
-@click.argument("model", default=DEFAULT_MODEL)
+@click.argument("model", required=False)
 @click.option(
     "-a",
     "--artifact",
@@ -48,11 +58,13 @@ USES = {
     multiple=True,
     metavar="ARTIFACT",
     help="A draft model, folder or name; several with --suite drafts. With --suite cartridge: cartridges; A+B are two "
-    "that stand together. [default model: the draft that ships with it]",
+    "that stand together. With --suite dparallel: the model that MODEL was distilled from. [default model: what ships "
+    "with it]",
 )
 @click.option(
     "--suite",
-    help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, steps, kernels.",
+    help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, dparallel, steps, "
+    "kernels.",
 )
 @click.option(
     "--prompts",
@@ -73,11 +85,15 @@ USES = {
 @click.option(
     "--max-new-tokens",
     type=int,
-    help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256; cartridge: 24]",
+    help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256; cartridge: 24; "
+    "dparallel: what MODEL was trained with, else 256]",
 )
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
-@click.option("--repeat", type=int, help="Runs of each arm on each prompt. [default: 1; cartridge, of timings: 3]")
+@click.option("--repeat", type=int, help="Runs of each arm on each prompt. [default: 1; timings: 3]")
 @click.option("--concurrency", metavar="N,N,…", help="cartridge: requests at once. [default: 1,4,16]")
+@click.option("--rows", type=int, default=16, show_default=True, help="dparallel: questions that decode together.")
+@click.option("--timed", type=int, default=32, show_default=True, help="dparallel: questions answered by the clock.")
+@click.option("--no-sweep", is_flag=True, help="dparallel: leave out the other thresholds, and the plot.")
 @click.option("--temperature", type=float, help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs.")
 @click.option(
@@ -97,10 +113,12 @@ USES = {
 @click.option("--output", type=FILE, help="Save the JSON document here, again after every prompt.")
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --output, same options.")
 @click.option("--html", "html_file", type=FILE, help="Save a self-contained page with tables and bars or plots.")
-@click.option("--svg", "svg_file", type=FILE, help="drafts and lenience: save the plots alone.")
+@click.option(
+    "--svg", "svg_file", type=FILE, help="drafts, lenience, dparallel: the plots alone. [dparallel: beside --output]"
+)
 @click.option("--save-detailed", is_flag=True, help="Keep every run's tokens and times in the document.")
 @click.pass_context
-def bench(context: click.Context, model: str, suite: str | None, **given: Any) -> None:
+def bench(context: click.Context, model: str | None, suite: str | None, **given: Any) -> None:
     """Measure MODEL with transformers' own generate and with accel, on the same weights and prompts.
 
     Every arm runs on every prompt, side by side. A speed-up is given only where the output is the same. An option
@@ -108,17 +126,22 @@ def bench(context: click.Context, model: str, suite: str | None, **given: Any) -
 
     `drafts` compares draft models, greedy and at temperature 1, with each other and with what theory promises.
     `lenience` shows what lossy acceptance of a draft's tokens gains and what it costs in quality. `cartridge` asks
-    --prompts (question and answer) without --corpus, with all of it in the prompt, and behind each cartridge. `steps`
-    measures what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it times every
-    kernel family on --device against the machine's own bandwidth and other implementations.
+    --prompts (question and answer) without --corpus, with all of it in the prompt, and behind each cartridge.
+    `dparallel` asks a masked-diffusion MODEL: one token a forward, by its threshold, with caches, and the model (-a)
+    that it was distilled from. `steps` measures what one target step costs by the number of positions it verifies.
+    `kernels` takes no MODEL: it times every kernel family on --device against the machine's own bandwidth and other
+    implementations.
     """
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
     _refuse_unused(context, suite)
+    model = model or (DEFAULT_MASKED if suite == "dparallel" else DEFAULT_MODEL)
     if suite == "steps":
         _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
     elif suite == "cartridge":
         _bench_cartridge(model, given)
+    elif suite == "dparallel":
+        _bench_dparallel(model, given)
     elif suite == "kernels":
         _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
     else:
@@ -220,13 +243,10 @@ def _teller(progress: Progress) -> Callable[[int, int, Prompt, str], None]:
 
 
 def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_json: bool, output: Path | None) -> None:
-    import torch
-
     from accel import detach, load
     from accel.bench import saving, steps
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     loaded = detach(load(model, device=device, dtype=dtype).model)
     document = {"command": shlex.join(["accel", *sys.argv[1:]]), "model": model, **steps.measure(loaded)}
     if output:
@@ -243,13 +263,10 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
             f"suite 'cartridge' needs {', '.join(lacking)}: cartridges (-a), their documents (--corpus) and questions "
             f"with answers (--prompts); {DEFAULT_MODEL} brings its own where all three are left out"
         )
-    import torch
-
     from accel.bench import cartridge, saving
 
     corpus, questions = cartridge.EMBEDDED
-    if given["threads"] is not None:
-        torch.set_num_threads(given["threads"])
+    _use_threads(given["threads"])
     chosen = {name: given[name] for name in ("max_new_tokens", "repeat") if given[name] is not None}
     if given["concurrency"] is not None:
         chosen["concurrency"] = _counts(given["concurrency"])
@@ -270,6 +287,45 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     click.echo(saving.dump(document) if given["as_json"] else cartridge.terminal(document), nl=False)
 
 
+def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
+    from accel.bench import dparallel, dparallel_report, plot, saving
+
+    bases, output, drawn = given["artifacts"], given["output"], given["svg_file"]
+    if len(bases) > 1:
+        raise OptionError(f"-a {', '.join(bases)}: suite 'dparallel' takes the one that MODEL was distilled from")
+    if given["no_sweep"] and drawn:
+        raise OptionError(f"--svg {drawn} with --no-sweep: the plot is of the sweep; leave one of them out")
+    if output and not drawn and not given["no_sweep"]:
+        drawn = output.with_suffix(".svg")
+    if output and drawn == output:
+        raise OptionError(f"--output {output}: the JSON document and the plot cannot be one file; name it .json")
+    if not bases and model == DEFAULT_MASKED:
+        bases = (DEFAULT_MASKED_BASE,)
+    _use_threads(given["threads"])
+    chosen = {name: given[name] for name in ("limit", "max_new_tokens", "rows", "timed", "repeat", "device", "dtype")}
+    plan = dparallel.Plan(
+        model=model,
+        base=bases[0] if bases else None,
+        questions=given["prompt_file"] or dparallel.EMBEDDED,
+        sweep=not given["no_sweep"],
+        **{name: value for name, value in chosen.items() if value is not None},
+        output=output,
+        command=shlex.join(["accel", *sys.argv[1:]]),
+    )
+    with Progress() as progress:
+        document = dparallel.carry_out(plan, progress)
+    if drawn:
+        saving.write(drawn, plot.page(dparallel_report.charts(document)))
+    click.echo(saving.dump(document) if given["as_json"] else dparallel_report.terminal(document), nl=False)
+
+
+def _use_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(each) for each in text.split(","))
@@ -280,13 +336,10 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: bool, output: Path | None) -> None:
-    import torch
-
     from accel.bench import saving
     from accel.bench.kernels import families, report, suite
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    _use_threads(threads)
     started = time.monotonic()
     with Progress() as progress:
         document = suite.run(

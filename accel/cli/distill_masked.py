@@ -239,6 +239,13 @@ def _distill(
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
 @click.option("--dtype", default="auto", show_default=True, help="Of the model: auto, float32, bfloat16 or float16.")
 @click.option("--dry-run", is_flag=True, help="Report, and leave the artifact as it is.")
+@click.option(
+    "--plot",
+    "plot_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Also draw accuracy against tokens per forward, as SVG.",
+)
 @json_option
 def calibrate(
     artifact: str,
@@ -250,6 +257,7 @@ def calibrate(
     device: str,
     dtype: str,
     dry_run: bool,
+    plot_file: Path | None,
     as_json: bool,
     **choices: Any,
 ) -> None:
@@ -283,7 +291,15 @@ def calibrate(
             **choices,
         )
     document = {"artifact": artifact, "written": written, **found.as_dict()}
+    if plot_file is not None:
+        _draw(plot_file, document)
     emit(document, _sweep_text(document), as_json=as_json)
+
+
+def _draw(file: Path, found: dict[str, Any]) -> None:
+    from accel.bench import dparallel_report, plot, saving
+
+    saving.write(file, plot.page([dparallel_report.curves({"thresholds": [found["one"], *found["points"]]})]))
 
 
 def _numbers(text: str | None) -> tuple[float, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from accel.artifacts import Artifact, cache_folder, default_roots, list_artifacts, resolve
+from accel.artifacts import Artifact, cache_folder, default_roots, find_artifact, list_artifacts, resolve
 from accel.errors import ArtifactError
 
 
@@ -40,6 +40,12 @@ def test_ids_in_order_of_the_roots(roots: list[Path]) -> None:
     assert resolve("alpha", roots[::-1]) == roots[1] / "alpha"
     assert resolve("maker/beta-1.0", roots) == roots[0] / "maker/beta-1.0"
     assert resolve("gamma", roots) == roots[1] / "gamma"
+
+
+def test_nothing_found_is_none(roots: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCEL_ARTIFACTS", str(roots[1]))
+    assert find_artifact("gamma") == find_artifact(roots[1] / "gamma") == roots[1] / "gamma"
+    assert find_artifact("delta") is find_artifact(roots[1]) is find_artifact("no id!") is None
 
 
 def test_list(roots: list[Path]) -> None:

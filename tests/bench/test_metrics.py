@@ -11,6 +11,7 @@ from accel.bench.metrics import (
     drafting,
     itl_ms,
     output_throughput,
+    paired_difference,
     paired_ratio,
     paired_speedup,
     speedup_of_means,
@@ -56,6 +57,19 @@ def test_paired_ratio_is_per_token_and_within_a_repetition():
     assert paired_ratio([(10, 1.0)], [(5, 0.5)]) == pytest.approx(1)
     assert paired_ratio([(0, 1.0)], [(5, 0.5)]) is None
     assert paired_ratio([], []) is None
+
+
+def test_paired_difference_draws_pairs_again():
+    mine, theirs = [1, 1, 0, 1] * 25, [1, 0, 0, 1] * 25
+    found = paired_difference(mine, theirs)
+    # one prompt in four: a standard error of √(0.25 · 0.75 / 100)
+    error = (0.25 * 0.75 / 100) ** 0.5
+    assert found.mean == pytest.approx(0.25)
+    assert (found.low, found.high) == pytest.approx((0.25 - 1.96 * error, 0.25 + 1.96 * error), abs=0.015)
+    # a difference that every prompt has is certain, however much prompts differ
+    same = paired_difference([3.0, 1.0, 7.0], [2.0, 0.0, 6.0])
+    assert (same.mean, same.low, same.high) == (1, 1, 1)
+    assert paired_difference(theirs, mine).low == -found.high
 
 
 def test_paired_speedup_median_and_spread():

@@ -47,6 +47,16 @@ def test_names_and_legend_are_escaped_text():
     assert "polygon" not in text
 
 
+def test_points_of_a_kind_are_joined():
+    points = [*POINTS, Point(0.5, 0.9, "d", "greedy")]
+    root = ElementTree.fromstring(scatter(Chart("t", "x", "y", joined=True), points))
+    lines = [each.get("points").split() for each in root.findall(f"{SVG}polyline")]
+    assert [len(line) for line in lines] == [2, 1]
+    marks = [f"{float(c.get('cx')):.1f},{float(c.get('cy')):.1f}" for c in root.iter(f"{SVG}circle")]
+    assert lines[0] == marks[:2]
+    assert "polyline" not in scatter(Chart("t", "x", "y"), points)
+
+
 def test_nothing_and_one_point_are_plots_too():
     assert "nothing to show" in scatter(Chart("t", "x", "y", band=0.15), [])
     ElementTree.fromstring(scatter(Chart("t", "x", "y"), [Point(0.0, 1.0, "a", "b")]))

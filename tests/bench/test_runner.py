@@ -12,7 +12,7 @@ import torch
 from accel.bench import arms as bench_arms
 from accel.bench import gate
 from accel.bench.arms import Arm, all_arms, check, choose, find_draft, reference_of
-from accel.bench.measure import StampStreamer
+from accel.bench.measure import StampStreamer, left_padded, rotated
 from accel.bench.runner import WARMUP_TOKENS, Runner, Settings
 from accel.bench.workloads import Prompt
 from accel.engine.attached import STATE
@@ -304,3 +304,13 @@ def test_choosing_arms():
         with pytest.raises(OptionError, match=message):
             check(names, has_draft=False)
     assert check("accel-lm", has_draft=True) == ["accel-lm"]
+
+
+def test_a_batch_is_padded_on_the_left():
+    batch = left_padded([[5], [6, 7, 8]], torch.device("cpu"))
+    assert batch["input_ids"].tolist() == [[0, 0, 5], [6, 7, 8]]
+    assert batch["attention_mask"].tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_everybody_comes_first_once():
+    assert [rotated("abc", by) for by in (0, 1, 5, -1)] == [list("abc"), list("bca"), list("cab"), list("cab")]

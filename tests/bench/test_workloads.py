@@ -26,6 +26,15 @@ def test_default_suite_takes_one_of_each_group_and_a_limit_more():
     assert len(load_suite("default", limit=99)) == 18
 
 
+def test_answers_are_there_or_the_file_is_refused(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n')
+    assert [prompt.answer for prompt in workloads.load_answered(file)] == ["1", "2"]
+    file.write_text('{"question": "a", "answer": "1"}\n{"question": "b", "answer": ""}\n')
+    with pytest.raises(OptionError, match=r"asked\.jsonl: every question needs an answer to be held against"):
+        workloads.load_answered(file)
+
+
 def test_groups():
     assert group("coding") == group("stem") == "multi-turn"
     assert group("rag") == "rag"

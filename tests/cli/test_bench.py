@@ -12,8 +12,8 @@ import torch
 from click.testing import CliRunner
 
 import accel
-from accel.bench import arms, drafts, environment, session
-from accel.cli.bench import DEFAULT_DRAFT, DEFAULT_MODEL, bench
+from accel.bench import arms, dparallel, drafts, environment, session
+from accel.cli.bench import DEFAULT_DRAFT, DEFAULT_MASKED, DEFAULT_MASKED_BASE, DEFAULT_MODEL, bench
 from accel.errors import AccelError
 
 
@@ -163,6 +163,39 @@ def test_suites_with_drafts_get_their_own_plan(monkeypatch, suite, own, temperat
     assert (plan.prompt_file, plan.output) == (Path("p.jsonl"), Path("o.json"))
 
 
+def test_the_masked_suite_gets_its_own_plan(monkeypatch):
+    plans = []
+
+    def carry_out(plan, progress):
+        plans.append(plan)
+        raise AccelError("enough")
+
+    monkeypatch.setattr(dparallel, "carry_out", carry_out)
+    words = "m -a b --prompts p.jsonl --limit 3 --max-new-tokens 9 --rows 4 --timed 8 --repeat 2 --no-sweep"
+    words += " --device cpu --dtype float32 --output o.json"
+    for given in ("", words):
+        with pytest.raises(AccelError, match="enough"):
+            CliRunner().invoke(bench, ["--suite", "dparallel", *given.split()], catch_exceptions=False)
+    shipped, plan = plans
+    assert shipped == dparallel.Plan(DEFAULT_MASKED, DEFAULT_MASKED_BASE, command=shipped.command)
+    assert (shipped.rows, shipped.timed, shipped.repeat, shipped.sweep) == (16, 32, 3, True)
+    assert plan == dparallel.Plan(
+        model="m",
+        base="b",
+        questions=Path("p.jsonl"),
+        limit=3,
+        max_new_tokens=9,
+        rows=4,
+        timed=8,
+        repeat=2,
+        sweep=False,
+        device="cpu",
+        dtype="float32",
+        output=Path("o.json"),
+        command=plan.command,
+    )
+
+
 def test_plots_are_saved_alone_and_in_the_page(monkeypatch, tmp_path):
     document = {"arms": {}, "drafts": {}, "rows": [], "prompts": 0, "complete": True, "notes": []}
     document |= {"settings": {"draft_lengths": [3], "model": "m", "dtype": "f", "max_new_tokens": 1, "repeat": 1}}
@@ -188,7 +221,7 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
     [
         (
             ["--suite", "mt"],
-            "unknown suite 'mt': choose from cartridge, default, drafts, kernels, lenience, spec-bench, steps",
+            "unknown suite 'mt': choose from cartridge, default, dparallel, drafts, kernels, lenience, spec-bench",
         ),
         (["--suite", "spec-bench"], "--prompts FILE"),
         (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
@@ -216,6 +249,15 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
         (["--suite", "steps", "--temperature", "0"], "'steps' does not use --temperature"),
         (["some/model", "--suite", "kernels"], "'kernels' does not use MODEL"),
         (["--suite", "kernels", "--limit", "2"], "'kernels' does not use --limit"),
+        (["--timed", "2"], r"'default' does not use --timed: leave it out \(used by: dparallel\)"),
+        (["--suite", "dparallel", "--resume"], "'dparallel' does not use --resume"),
+        (["--suite", "dparallel", "-a", "x", "-a", "y"], "-a x, y: suite 'dparallel' takes the one"),
+        (["--suite", "dparallel", "--rows", "0"], "rows=0"),
+        (["--suite", "dparallel", "--timed", "0"], "timed=0"),
+        (["--suite", "dparallel", "--max-new-tokens", "0"], "max_new_tokens=0"),
+        (["--suite", "dparallel", "--no-sweep", "--svg", "x.svg"], "--svg x.svg with --no-sweep"),
+        (["--suite", "dparallel", "--output", "x.svg"], "cannot be one file"),
+        (["--suite", "dparallel", "--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(run, words, message):

@@ -41,7 +41,10 @@ def test_aup_without_loss_is_the_rate_times_the_accuracy():
     # better than the reference is no better than as good: the weight ends at 1
     assert aup([1.0, 2.0], [60.0, 60.0], best=50.0) == pytest.approx(2 * 60)
     assert aup([2.0], [60.0], best=60.0) == pytest.approx(120) and aup([], [], 60.0) == 0 == aup([1.0], [0.0], 0.0)
-    assert aup_of([point(-1, 60.0, 1.0), point(0.5, 60.0, 2.0)]) == pytest.approx(120)
+    same = [point(-1, 60.0, 1.0), point(0.5, 60.0, 2.0)]
+    assert aup_of(same) == pytest.approx(120)
+    # against a better model's best they count for less, but for the first
+    assert aup_of(same, 80.0) == pytest.approx(60 + 60 * math.exp(-0.75), abs=1e-3)
 
 
 def test_the_choice_is_the_fastest_within_the_budget():
@@ -86,6 +89,10 @@ def test_the_sweep_measures_forwards_and_accuracy(tiny, bytewise):
     last = blind.points[-1]
     assert last.forwards == pytest.approx(last.tokens / 4, abs=1) and last.tokens_per_forward > 2
     assert last.accuracy == 0 and blind.chosen is last and blind.prompts == 3
+    # what is known already is not measured again
+    known = point(-1.0, 50.0, 1.0)
+    again = sweep(denoiser, bytewise, prompts, ["0"] * 3, one=known, **how)
+    assert again.one is known and again.points == blind.points and again.chosen is None
     document = blind.as_dict()
     assert document["points"][1]["threshold"] == 1e3 and document["chosen"]["threshold"] == 1e3
     with pytest.raises(OptionError, match="budget=-1"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -139,7 +140,10 @@ def test_calibrate_writes_the_threshold_into_manifest_and_config(base, prompts, 
     fine(run("dparallel", base, "--prompts", prompts, "--output", output, *FORCING))
     before = open_artifact(output)
     sweep = ("calibrate", output, "--prompts", prompts, "--longest-prompt", 8, "--thresholds", "0.25,3")
-    tried = fine(run(*sweep, "--dry-run", "--budget", 100))
+    tried = fine(run(*sweep, "--dry-run", "--budget", 100, "--plot", tmp_path / "sweep.svg"))
+    # one token a forward and both thresholds, on a line
+    (line,) = re.findall(r'<polyline points="([^"]*)"', (tmp_path / "sweep.svg").read_text())
+    assert len(line.split()) == 3
     assert "AUP" in tried.stdout and "one token a forward" in tried.stdout
     assert open_artifact(output).manifest == before.manifest
     document = json.loads(fine(run(*sweep, "--budget", 100, "--json")).stdout)

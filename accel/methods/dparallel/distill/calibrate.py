@@ -46,6 +46,30 @@ class Point:
     tokens: float
 
 
+@dataclass(frozen=True)
+class Said:
+    """What a model said to prompts, in their order. ``forwards``, ``tokens``: of all, counted as in ``Point``."""
+
+    texts: list[str]
+    forwards: int
+    tokens: int
+
+    def marks(self, known: Sequence[str]) -> list[bool]:
+        """Which texts come to the ``known`` answers."""
+        return [is_right(text, answer) for text, answer in zip(self.texts, known, strict=True)]
+
+    def point(self, threshold: float, marks: Sequence[bool] | None) -> Point:
+        """The averages; without ``marks`` there is no accuracy."""
+        count = len(self.texts)
+        return Point(
+            threshold=threshold,
+            accuracy=None if marks is None else round(100 * sum(marks) / count, 3),
+            tokens_per_forward=round(self.tokens / max(self.forwards, 1), 4),
+            forwards=round(self.forwards / count, 3),
+            tokens=round(self.tokens / count, 3),
+        )
+
+
 def known_answers(prompts: Sequence[Prompt], asked: Encoded) -> list[str | None]:
     """The file's answer to each encoded prompt, as a text."""
     by_digest: dict[str, str | None] = {}
@@ -68,6 +92,24 @@ def one_token(denoiser: Denoiser) -> DParallelOptions:
     return DParallelOptions(rule=rule, threshold=_ONE[rule])
 
 
+def decode(
+    denoiser: Denoiser,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    options: DParallelOptions,
+    max_new_tokens: int,
+    rows: int,
+) -> Said:
+    """Answer all prompts greedily, ``rows`` at a time."""
+    stats = Stats()
+    said = {
+        each.index: text_of(tokenizer, each)
+        for each in answers(denoiser, enumerate(prompts), options, max_new_tokens, rows, stats)
+    }
+    # a row's own forwards: those of a batch are shared by its rows
+    return Said([said[index] for index in range(len(prompts))], stats.row_calls, stats.generated_tokens)
+
+
 def evaluate(
     denoiser: Denoiser,
     tokenizer: Any,
@@ -78,20 +120,9 @@ def evaluate(
     rows: int,
 ) -> Point:
     """Decode all prompts greedily and hold the answers against ``known``; without it there is no accuracy."""
-    stats = Stats()
-    said = {
-        each.index: text_of(tokenizer, each)
-        for each in answers(denoiser, enumerate(prompts), options, max_new_tokens, rows, stats)
-    }
-    right = None if known is None else sum(is_right(said[i], answer) for i, answer in enumerate(known))
-    return Point(
-        threshold=denoiser.facts.threshold if options.threshold is None else options.threshold,
-        accuracy=None if right is None else round(100 * right / len(prompts), 3),
-        # a row's own forwards: those of a batch are shared by its rows
-        tokens_per_forward=round(stats.generated_tokens / max(stats.row_calls, 1), 4),
-        forwards=round(stats.row_calls / len(prompts), 3),
-        tokens=round(stats.generated_tokens / len(prompts), 3),
-    )
+    said = decode(denoiser, tokenizer, prompts, options, max_new_tokens, rows)
+    threshold = denoiser.facts.threshold if options.threshold is None else options.threshold
+    return said.point(threshold, None if known is None else said.marks(known))
 
 
 @dataclass(frozen=True)
@@ -120,10 +151,11 @@ def sweep(
     budget: float = 1.0,
     max_new_tokens: int = 256,
     rows: int = 16,
+    one: Point | None = None,
     progress: Progress = lambda message: None,
 ) -> Sweep:
     """Try thresholds of the model's own rule and choose the fastest that loses at most ``budget`` points of accuracy
-    against one token a forward."""
+    against one token a forward. ``one``: that point, where it is known already."""
     rule = _rule(denoiser)
     tried = check_thresholds(thresholds or THRESHOLDS[rule], rule)
     if not 0 <= budget < math.inf:
@@ -133,7 +165,7 @@ def sweep(
         progress(f"threshold {options.threshold} …")
         return evaluate(denoiser, tokenizer, prompts, known, options, max_new_tokens, rows)
 
-    one = at(one_token(denoiser))
+    one = one or at(one_token(denoiser))
     points = tuple(at(DParallelOptions(rule=rule, threshold=threshold)) for threshold in tried)
     return Sweep(rule, one, points, budget, choose(one, points, budget), aup_of([one, *points]), len(prompts))
 
@@ -171,10 +203,10 @@ def aup(rates: Sequence[float], accuracies: Sequence[float], best: float) -> flo
     return area
 
 
-def aup_of(points: Sequence[Point]) -> float:
-    """The same of a sweep, against its own best accuracy."""
+def aup_of(points: Sequence[Point], best: float | None = None) -> float:
+    """The same of a sweep, against its own best accuracy unless another ``best`` is given."""
     accuracies = [each.accuracy or 0.0 for each in points]
-    return round(aup([each.tokens_per_forward for each in points], accuracies, max(accuracies)), 3)
+    return round(aup([each.tokens_per_forward for each in points], accuracies, best or max(accuracies)), 3)
 
 
 def check_thresholds(thresholds: Sequence[float], rule: str) -> list[float]:
@@ -191,7 +223,7 @@ def check_length(limit: int | None, block_length: int, longest: int, max_new_tok
     if limit is not None and longest + canvas > limit:
         raise OptionError(
             f"max_new_tokens={max_new_tokens}: behind a prompt of {longest} tokens that is {longest + canvas} "
-            f"positions, the model has {limit}; ask for less or leave long prompts out (longest_prompt)"
+            f"positions, the model has {limit}; ask for less, or leave long prompts out"
         )
 
 

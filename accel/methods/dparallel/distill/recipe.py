@@ -33,6 +33,7 @@ from accel.methods.dparallel.distill.calibrate import (
     require_answers,
 )
 from accel.methods.dparallel.distill.lora import ALL, Lora, layers
+from accel.methods.dparallel.distill.opened import masked_facts
 from accel.methods.dparallel.distill.train import Training, filler, measure, train
 from accel.methods.dparallel.distill.trajectories import Kept, from_file, keep, self_written
 from accel.methods.dparallel.options import DParallelOptions
@@ -408,9 +409,8 @@ class _Run:
 
 def _facts(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> DiffusionFacts:
     """What the artifact will say of itself."""
-    own = facts_of(model)
     if isinstance(recipe, Conversion):
-        if own is not None:
+        if facts_of(model) is not None:
             raise ModelError(
                 "the model is a masked-diffusion model already: make it faster with `accel distill dparallel`"
             )
@@ -426,12 +426,7 @@ def _facts(model: PreTrainedModel, tokenizer: Any, recipe: Recipe) -> DiffusionF
             pad_token=None if pad == mask else pad,
             **recipe.chosen_facts,
         )
-    if own is None:
-        raise ModelError(
-            "the model is no masked-diffusion model (its config has no facts of one): make one of it with "
-            "`accel distill a2d`"
-        )
-    return dataclasses.replace(own, **recipe.chosen_facts)
+    return dataclasses.replace(masked_facts(model, "the model"), **recipe.chosen_facts)
 
 
 def _tokenizer_bytes(tokenizer: Any) -> int:
