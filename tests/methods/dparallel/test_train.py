@@ -42,7 +42,7 @@ def lessons(count=6):
     return made
 
 
-@pytest.mark.parametrize("noise", ["blocks", "response", "diffusion"])
+@pytest.mark.parametrize("noise", ["blocks", "response", "diffusion", "maskgit"])
 def test_a_step_shows_canvases_with_masks_and_asks_for_what_they_hide(noise):
     given = lessons()
     canvases = Canvases(given, replace(HOW, noise=noise), FACTS)

@@ -14,8 +14,9 @@ from torch import Tensor
 from accel.errors import OptionError, unknown_name
 
 # "blocks": what decoding from left to right sees (dParallel's LLaDA); "response": half of everything (its Dream);
-# "diffusion": a random share of everything (masked diffusion, arXiv 2406.07524)
-NOISES = ("blocks", "response", "diffusion")
+# "diffusion": a random share of everything, weighted as the bound asks (masked diffusion, arXiv 2406.07524); "maskgit":
+# the same, every hidden token counting alike (arXiv 2202.04200): fewer steps to a model that can answer
+NOISES = ("blocks", "response", "diffusion", "maskgit")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +72,12 @@ def diffusion(canvas: int, time: float, chance: torch.Generator) -> Noise:
     assert 0 < time <= 1
     hidden = (torch.rand(canvas, generator=chance) < time)[None]
     return Noise(hidden, hidden, 1.0 / time, canvas)
+
+
+def maskgit(canvas: int, time: float, chance: torch.Generator) -> Noise:
+    """Every position hidden with probability ``time``, unweighted: what is foretold from little weighs most."""
+    hidden = diffusion(canvas, time, chance).hidden
+    return Noise(hidden, hidden, 1.0, int(hidden.sum()))
 
 
 def times(rows: int, eps: float, seed: int, step: int) -> list[float]:

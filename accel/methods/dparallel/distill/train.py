@@ -46,7 +46,7 @@ class Training:
     noise: str = "blocks"
     # of a block or an answer: how much of it the first of two views hides
     share: float = 0.5
-    # the shortest time of "diffusion"
+    # the shortest time of "diffusion" and "maskgit"
     eps: float = 1e-3
     beta: float = 2.0
     entropy_temperature: float = 0.5
@@ -78,7 +78,7 @@ class Training:
     @property
     def views(self) -> int:
         """Rows that one lesson becomes, at most."""
-        return 1 if self.noise == "diffusion" else 2
+        return 2 if self.noise in ("blocks", "response") else 1
 
     def positions(self, block_length: int) -> int:
         """Positions of a whole canvas."""
@@ -168,6 +168,8 @@ class Canvases:
     def _noise(self, length: int, canvas: int, now: float, chance: torch.Generator) -> Noise:
         if self.how.noise == "diffusion":
             return masks.diffusion(canvas, now, chance)
+        if self.how.noise == "maskgit":
+            return masks.maskgit(canvas, now, chance)
         if self.how.noise == "response":
             return masks.response(canvas, chance, self.how.share)
         return masks.blocks(length, canvas, self.facts.block_length, chance, self.how.share)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from accel.distill.forward import autocast
 from accel.distill.schedule import warm_cosine
@@ -33,7 +33,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding of ``texts``: nearly every word of the problems is one token, and any other text has tokens."""
+    """Byte-pair encoding of ``texts``: every word of the problems is one token, and any other text has tokens."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -99,9 +99,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True, help="lines with question and answer")
     parser.add_argument("--output", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens of a step, with padding")
-    parser.add_argument("--start", type=Path, help="a folder that this script wrote, to go on from")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--vocabulary", type=int, default=768)
     parser.add_argument("--seed", type=int, default=0)
@@ -109,12 +108,8 @@ def main() -> None:
     if given.output.exists():
         parser.error(f"{given.output} exists already: choose another folder")
     lines: list[dict[str, Any]] = [json.loads(line) for line in given.prompts.read_text().splitlines()]
-    if given.start is None:
-        tokenizer = make_tokenizer([line[part] for line in lines for part in ("question", "answer")], given.vocabulary)
-        model = make_model(tokenizer, given.seed)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(given.start)
-        model = LlamaForCausalLM.from_pretrained(given.start, dtype=torch.float32)
+    tokenizer = make_tokenizer([line[part] for line in lines for part in ("question", "answer")], given.vocabulary)
+    model = make_model(tokenizer, given.seed)
     end = tokenizer.eos_token_id
     asked = [tokenizer(line["question"] + ANSWER)["input_ids"] for line in lines]
     pairs = [[ids, [*tokenizer(line["answer"])["input_ids"], end]] for ids, line in zip(asked, lines, strict=True)]

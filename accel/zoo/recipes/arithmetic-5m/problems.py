@@ -28,11 +28,11 @@ MOST = 99
 
 
 class Event(NamedTuple):
-    """What happens to a count: the sentence of it, and its steps as (left, sign, right, result)."""
+    """What happens to a count: the sentence of it, its steps as (left, sign, right, result), and the count after it."""
 
     told: str
     steps: list[tuple[int, str, int, int]]
-    count: int
+    left: int
 
 
 STARTS = (
@@ -126,13 +126,13 @@ def event(chance: random.Random, count: int, room: int) -> Event | None:
     """Something that can happen to ``count`` things, in ``room`` steps at most; None where it does not fit."""
     kind = chance.choice("++--*/p")
     if kind == "+":
-        b = chance.randint(2, 30)
+        b = chance.randint(2, 12)
         return Event(chance.choice(GAINS).replace("{b}", str(b)), [(count, "+", b, count + b)], count + b)
     if kind == "-":
-        b = chance.randint(2, 30)
+        b = chance.randint(2, 12)
         return Event(chance.choice(LOSSES).replace("{b}", str(b)), [(count, "-", b, count - b)], count - b)
     if kind == "*":
-        b = chance.randint(2, 4)
+        b = chance.randint(2, 3)
         return Event(chance.choice(TIMES).replace("{b}", str(b)), [(count, "*", b, count * b)], count * b)
     if kind == "/":
         b = chance.randint(2, 5)
@@ -141,7 +141,7 @@ def event(chance: random.Random, count: int, room: int) -> Event | None:
         return Event(chance.choice(SHARES).replace("{b}", str(b)), [(count, "/", b, count // b)], count // b)
     if room < 2:
         return None
-    p, q = chance.randint(2, 5), chance.randint(2, 9)
+    p, q = chance.randint(2, 4), chance.randint(2, 6)
     told = chance.choice(PACKS).replace("{p}", str(p)).replace("{q}", str(q))
     return Event(told, [(p, "p", q, p * q), (count, "+", p * q, count + p * q)], count + p * q)
 
@@ -153,18 +153,20 @@ def problem(chance: random.Random) -> dict[str, str]:
     wanted = chance.randint(2, 3)
     while True:
         first = chance.randint(5, 60)
-        told, steps, count = [chance.choice(STARTS).replace("{a}", str(first))], [], first
+        told = [chance.choice(STARTS).replace("{a}", str(first))]
+        steps: list[tuple[int, str, int, int]] = []
+        count = first
         while len(steps) < wanted:
             happened = event(chance, count, wanted - len(steps))
             if happened is None or not all(1 <= step[3] <= MOST for step in happened.steps):
                 break
             told.append(happened.told)
             steps += happened.steps
-            count = happened.count
+            count = happened.left
         else:
             break
     told.append(chance.choice(QUESTIONS))
-    worked = []
+    worked: list[str] = []
     for left, sign, right, result in steps:
         said = chance.choice(WORDINGS[sign])
         opening = chance.choice(LATER if worked else FIRST)
@@ -188,12 +190,15 @@ def problems(count: int, seed: int) -> list[dict[str, str]]:
 
 def sums() -> list[dict[str, str]]:
     """Every step that a problem can ask for, once: "Work out 12 + 5." and "12 + 5 = 17. #### 17"."""
+    packs = {p * q for p in range(2, 5) for q in range(2, 7)}
     found = {}
     for left in range(1, MOST + 1):
-        for right in range(1, MOST + 1):
-            for sign, result in ("+", left + right), ("-", left - right), ("*", left * right), ("/", left // right):
-                small = right in (range(2, 46) if sign == "+" else range(2, 31) if sign == "-" else range(2, 10))
-                if small and 1 <= result <= MOST and (sign != "/" or (left % right == 0 and right <= 5)):
+        for right in range(2, MOST):
+            steps = [("+", left + right, right <= 12 or right in packs), ("-", left - right, right <= 12)]
+            steps += [("*", left * right, right <= 3 or (left <= 4 and right <= 6))]
+            steps += [("/", left // right, right <= 5 and left % right == 0)]
+            for sign, result, asked_for in steps:
+                if asked_for and 1 <= result <= MOST:
                     asked = f"{left} {sign} {right}"
                     found[asked] = {"question": f"Work out {asked}.", "answer": f"{asked} = {result}. #### {result}"}
     return list(found.values())
