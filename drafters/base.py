@@ -57,7 +57,7 @@ class Ask:
 class Drafter(Protocol):
     """See the module's docstring for the order of calls: open, then (propose, observe)*, then close.
 
-    One that guesses a whole block for the price of one token has ``at_once = True`` beside ``free``.
+    One that guesses a whole block for the price of one token has ``at_once = True`` beside ``free = False``.
     """
 
     name: str
