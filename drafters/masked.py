@@ -2,14 +2,14 @@
 
 Whole rows are read each round and nothing is kept between rounds, so that a guess is a function of the row's text.
 Positions that one pass fills are drawn without one another. A sampled token is nevertheless drawn from a distribution
-that only the text and drafted tokens *in front of it* decide, which is what verification asks of q: sampled rows are
-filled from left to right, however many passes they take; greedy ones, whose guesses are points, in any order.
+that only the text and drafted tokens *in front of it* decide, which is what verification asks of q: masks are filled
+from left to right, however many passes that takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -32,39 +32,32 @@ class _Row:
 
 @dataclass
 class _Block:
-    """The masks behind a row's text, of which the first ``length`` are drafted, and what they have become."""
+    """The masks behind a row's text; the first ``length`` are drafted, and those of ``draft.tokens`` are filled."""
 
     draft: Growing[_Row]
     length: int
     num_masks: int
-    filled: dict[int, int] = field(default_factory=dict)
-    beliefs: dict[int, float] = field(default_factory=dict)
 
     @property
-    def gaps(self) -> list[int]:
-        return [place for place in range(self.length) if place not in self.filled]
+    def num_gaps(self) -> int:
+        return self.length - len(self.draft.tokens)
 
-    def text(self, mask: int) -> list[int]:
-        return self.draft.row.tokens + [self.filled.get(place, mask) for place in range(self.num_masks)]
+    def text(self, mask: int) -> Tensor:
+        """int64 [T]: the row's text, what is filled, and masks."""
+        tokens = self.draft.tokens
+        return torch.tensor([*self.draft.row.tokens, *tokens, *[mask] * (self.num_masks - len(tokens))])
 
-    def take(self, place: int, token: int, belief: float, ends: bool) -> None:
-        """Fill one mask; what stands behind the end of a text is no draft."""
-        self.filled[place], self.beliefs[place] = token, belief
-        if ends:
-            self.length = min(self.length, place + 1)
-
-    def finish(self, source: str) -> Draft:
-        if self.draft.ask.sample:
-            return self.draft.finish(source)
-        places = range(self.length)
-        return Draft([self.filled[p] for p in places], None, [self.beliefs[p] for p in places], source)
+    def gaps(self) -> Tensor:
+        """int64 [L], the positions that are to be filled."""
+        begin = len(self.draft.row.tokens)
+        return torch.arange(begin + len(self.draft.tokens), begin + self.length)
 
 
 class MaskedDrafter:
     """Fulfils ``Drafter``; the denoiser's vocabulary is the target's, but for a mask token of its own behind it.
 
-    As many passes as ``Ask.passes`` allows: each but the last keeps what the model's own rule is certain of, the last
-    one keeps everything.
+    As many passes as ``Ask.passes`` allows: each but the last keeps what the model's own rule is certain of from the
+    first mask on, and that one in any case; the last one keeps everything.
     """
 
     name = "masked"
@@ -102,21 +95,19 @@ class MaskedDrafter:
     def propose(self, asks: Sequence[Ask]) -> list[Draft]:
         """One draft per ask, in order; rows whose text fills the model's context draft nothing."""
         blocks = [self._block(ask) for ask in asks]
-        active = [block for block in blocks if block.gaps]
+        active = [block for block in blocks if block.num_gaps]
         num_passes = 0
         while active:
             num_passes += 1
-            rows = [torch.tensor(block.text(self._facts.mask_token)) for block in active]
-            at = [len(block.draft.row.tokens) + torch.tensor(block.gaps) for block in active]
-            logits = self.reader.logits(rows, at)
-            self._fill_greedy(
-                [(b, x) for b, x in zip(active, logits, strict=True) if not b.draft.ask.sample], num_passes
-            )
-            for block, own in zip(active, logits, strict=True):
+            rows = [block.text(self._facts.mask_token) for block in active]
+            logits = self.reader.logits(rows, [block.gaps() for block in active])
+            pairs = list(zip(active, logits, strict=True))
+            self._fill_greedy([pair for pair in pairs if not pair[0].draft.ask.sample], num_passes)
+            for block, own in pairs:
                 if block.draft.ask.sample:
                     self._fill_sampled(block, own, num_passes)
-            active = [block for block in active if block.gaps]
-        return [block.finish(self.name) for block in blocks]
+            active = [block for block in active if block.num_gaps]
+        return [block.draft.finish(self.name) for block in blocks]
 
     def _block(self, ask: Ask) -> _Block:
         row = self._rows[ask.row]
@@ -127,58 +118,59 @@ class MaskedDrafter:
         room = num_masks if limit is None else max(0, min(num_masks, limit - len(row.tokens)))
         return _Block(Growing(ask, row), min(ask.max_tokens, room), room)
 
-    def _fill_greedy(self, members: Sequence[tuple[_Block, Tensor]], num_passes: int) -> None:
-        """Take the likeliest tokens of each block's gaps (logits [L, V] of each), or of those that are certain."""
-        if not members:
+    def _fill_greedy(self, pairs: Sequence[tuple[_Block, Tensor]], num_passes: int) -> None:
+        """Take the likeliest tokens of each block's gaps, by their logits [L, V], as far as this pass goes."""
+        if not pairs:
             return
-        found = certainty(torch.cat([logits for _, logits in members]), forbidden=self._facts.mask_token)
-        tokens, beliefs = found.token.tolist(), found.probability.tolist()
-        begin = 0
-        for block, logits in members:
-            end = begin + len(logits)
-            chosen = self._certain(Certainty(*(part[begin:end] for part in found)), block.draft.ask.passes - num_passes)
-            for place, token, belief, yes in zip(
-                block.gaps, tokens[begin:end], beliefs[begin:end], chosen, strict=True
-            ):
-                if yes:
-                    block.take(place, token, belief, token in self._facts.stop_tokens)
-            begin = end
+        lengths = [len(logits) for _, logits in pairs]
+        together = certainty(torch.cat([logits for _, logits in pairs]), forbidden=self._facts.mask_token)
+        parts = zip(*(part.split(lengths) for part in together), strict=True)
+        for (block, _), part in zip(pairs, parts, strict=True):
+            found = Certainty(*part)
+            count = self._num_certain(found, block.draft.ask.passes - num_passes)
+            tokens = found.token[:count].tolist()
+            end = next((i + 1 for i, token in enumerate(tokens) if token in self._facts.stop_tokens), None)
+            block.draft.tokens += tokens[:end]
+            block.draft.confidence += found.probability[:count].tolist()[:end]
+            if end is not None:
+                block.length = len(block.draft.tokens)
 
     def _fill_sampled(self, block: _Block, logits: Tensor, num_passes: int) -> None:
-        """Draw the tokens of the block's gaps from logits [L, V], or of as many from the first on as are certain.
+        """Draw the tokens of the block's gaps from logits [L, V], as far as this pass goes.
 
-        Whether a gap is filled now must not depend on what would be drawn there or behind it: certainty is judged on
-        the distribution, and nothing is drawn where it is not kept.
+        How far must not depend on what is drawn at the gap or behind it: certainty is judged on the distribution, the
+        draft is ended only before a draw, and nothing is drawn that is not kept.
         """
-        draft, places = block.draft, block.gaps
-        logits = logits.float()
+        draft, logits = block.draft, logits.float()
         if self._facts.mask_token < self._vocab_size:
             logits[:, self._facts.mask_token] = -torch.inf
         logits = logits[:, : self._vocab_size]
-        count, left = len(places), draft.ask.passes - num_passes
+        count, left = len(logits), draft.ask.passes - num_passes
         if left > 0:
-            chosen = self._certain(certainty(logits if draft.ask.warp is None else draft.ask.warp(logits)), left)
-            count = max(1, next((i for i, yes in enumerate(chosen) if not yes), count))
-        for place, scores in zip(places[:count], logits, strict=False):
+            count = self._num_certain(certainty(logits if draft.ask.warp is None else draft.ask.warp(logits)), left)
+        for scores in logits[:count]:
             draft.sample(scores, None, self._vocab_size)
-            token = draft.tokens[-1]
-            block.take(place, token, draft.confidence[-1], token in self._facts.stop_tokens or not draft.wants_more())
-            if block.length == place + 1:
+            if draft.tokens[-1] in self._facts.stop_tokens or not draft.wants_more():
+                block.length = len(draft.tokens)
                 break
 
-    def _certain(self, found: Certainty, passes_left: int) -> list[bool]:
-        """Which of a block's gaps to fill now: all in the last pass, before it what the model's own rule says."""
+    def _num_certain(self, found: Certainty, passes_left: int) -> int:
+        """How many of a block's gaps to fill now, from the first on: all of them in the last pass.
+
+        The published rules fill what is certain wherever it stands. Only what stands behind right tokens is kept by a
+        target, and what was certain far ahead agrees less with what then comes in front of it.
+        """
         count = len(found.token)
         if passes_left <= 0:
-            return [True] * count
-        facts = self._facts
+            return count
+        facts, device = self._facts, found.token.device
         counts = facts.rule.startswith("top_k")
         chosen = commit(
             Certainty(*(part[None] for part in found)),
-            torch.ones(1, count, dtype=torch.bool, device=found.token.device),
+            torch.ones(1, count, dtype=torch.bool, device=device),
             rule=facts.rule,
             threshold=None if counts else facts.threshold,
-            count=torch.tensor([-(-count // (passes_left + 1))], device=found.token.device) if counts else None,
+            count=torch.tensor([-(-count // (passes_left + 1))], device=device) if counts else None,
             strict=facts.strict,
         )
-        return [bool(yes) for yes in chosen[0].tolist()]
+        return max(1, int(chosen[0].cumprod(0).sum()))

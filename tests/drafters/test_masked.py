@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter, defaultdict
+from itertools import pairwise
 
 import pytest
 import torch
 from byte_models import byte_llama, save_byte_llama
 from byte_tokenizer import byte_tokenizer
 from click.testing import CliRunner
-from masked_loop import one_by_one
 from refusals import refusal
 from scipy.stats import chisquare
 from toy_denoiser import MASK, VOCAB, denoiser, prompts
@@ -72,27 +72,37 @@ def test_one_pass_guesses_every_rows_block() -> None:
         assert draft.probs is None and draft.source == "masked"
 
 
-def test_more_passes_fill_by_the_models_own_rule() -> None:
-    """With as many passes as there are masks, a block comes out as masked diffusion itself decodes it."""
-    toy = denoiser(threshold=1.0)
-    for text in prompts(4):
+def by_hand(toy, text, count, passes):
+    """Greedy drafting as the rule states it, one gap after the other: (tokens, gaps of each pass)."""
+    facts, drafted, asked = toy.facts, [], []
+    while len(drafted) < count:
+        asked.append(count - len(drafted))
+        p = said(toy, text, math.ceil(count / BLOCK) * BLOCK, drafted)[len(drafted) : count].softmax(-1)
+        best, entropy = p.max(-1), -torch.where(p > 0, p * p.log(), p).sum(-1)
+        doubt = entropy if facts.rule == "entropy" else -best.values
+        limit = facts.threshold if facts.rule == "entropy" else -facts.threshold
+        if facts.rule == "top_k":
+            limit = doubt.sort().values[math.ceil(asked[-1] / (passes - len(asked) + 1)) - 1]
+        for place in range(asked[-1]):
+            if place and doubt[: place + 1].max() > limit and len(asked) < passes:
+                break
+            drafted.append(int(best.indices[place]))
+    return drafted, asked
+
+
+@pytest.mark.parametrize(("rule", "threshold"), [("entropy", 1.0), ("confidence", 0.7), ("top_k", 0.5)])
+@pytest.mark.parametrize("passes", [2, 3, 5])
+def test_more_passes_fill_from_the_left_what_the_models_own_rule_is_certain_of(rule, threshold, passes) -> None:
+    toy, seen = denoiser(rule=rule, threshold=threshold), set()
+    for text in prompts(6):
         drafter = open_rows(toy, [text])
         toy.calls.clear()
-        (draft,) = drafter.propose([Ask(0, BLOCK, passes=BLOCK)])
-        plan = {"mask": MASK, "block": BLOCK, "rule": "entropy", "threshold": 1.0, "strict": False}
-        tokens, forwards = one_by_one(toy.of, text, BLOCK, **plan)
-        assert (draft.tokens, len(toy.calls)) == (tokens, forwards) and forwards > 1
-        toy.calls.clear()
-        drafter.propose([Ask(0, BLOCK, passes=2)])
-        assert len(toy.calls) == 2
-
-
-def test_counting_rules_spread_the_masks_over_the_passes() -> None:
-    toy = denoiser(rule="top_k")
-    drafter = open_rows(toy, prompts(1))
-    toy.calls.clear()
-    drafter.propose([Ask(0, 7, passes=3)])
-    assert [asked for _, _, (asked,) in toy.calls] == [7, 4, 2]
+        (draft,) = drafter.propose([Ask(0, 7, passes=passes)])
+        tokens, asked = by_hand(toy, text, 7, passes)
+        assert draft.tokens == tokens and [count for _, _, (count,) in toy.calls] == asked
+        seen |= {a - b for a, b in pairwise(asked)}
+    # runs of one and of more were both met
+    assert min(seen) == 1 < max(seen) or passes == 2
 
 
 def test_nothing_is_drafted_behind_an_end() -> None:
@@ -233,32 +243,22 @@ def test_it_may_assist_a_single_call(tiny, masked) -> None:
 
 
 class Foreteller:
-    """In a denoiser's place: it knows what the target will say, but for every ``wrong``-th position of a text."""
+    """In a denoiser's place: it knows what the target will say, and says something else at every ``wrong``-th place."""
 
-    def __init__(self, target, wrong=0, **facts) -> None:
+    def __init__(self, target, wrong=10**6, **facts) -> None:
         self.facts = DiffusionFacts(**{"mask_token": HIDDEN, "block_length": 4} | facts)
         self.target, self.wrong, self.max_positions, self.linears = target, wrong, None, torch.nn.Module()
         self.vocab_size, self.calls = target.config.vocab_size, 0
 
     def logits(self, rows, at):
         self.calls += 1
-        return [self._of(row[: int(places[0])], len(places)) for row, places in zip(rows, at, strict=True)]
+        return [self.foretold(row[: int(places[0])], len(places)) for row, places in zip(rows, at, strict=True)]
 
-    def _of(self, text, count):
-        grown = type(self.target).generate(
-            self.target, text[None], max_new_tokens=count, do_sample=False, eos_token_id=-1
-        )
-        said = torch.nn.functional.one_hot(grown[0, len(text) :], self.vocab_size) * 30.0
-        places = torch.arange(len(text), len(text) + count)
-        return (
-            said.roll(1, -1)
-            if self.wrong == 1
-            else torch.where(
-                (places % self.wrong == 0)[:, None] if self.wrong else torch.zeros(count, 1, dtype=torch.bool),
-                said.roll(1, -1),
-                said,
-            )
-        )
+    def foretold(self, text, count):
+        settings = {"max_new_tokens": count, "do_sample": False, "eos_token_id": -1}
+        new = type(self.target).generate(self.target, text[None], **settings)[0, len(text) :]
+        is_wrong = torch.arange(len(text), len(text) + count) % self.wrong == self.wrong - 1
+        return 30.0 * torch.nn.functional.one_hot(new + is_wrong, self.vocab_size)
 
 
 @pytest.mark.parametrize("sampled", [False, True])
