@@ -277,6 +277,14 @@ def test_one_that_foretells_the_target_gives_a_whole_block_a_forward(tiny, gamma
     assert torch.equal(out, accel.generate(target, method="plain", **prompt, do_sample=False))
 
 
+def test_steps_are_passes_of_the_draft_a_round(tiny) -> None:
+    target = tiny.build("llama")
+    oracle = Foreteller(target, rule="top_k")
+    prompt = tiny.prompts(1) | {"max_new_tokens": 1 + 2 * 7, "eos_token_id": -1}
+    accel.generate(target, artifacts=[MaskedDrafter(oracle, 67)], drafter="lm", draft_length=6, draft_steps=3, **prompt)
+    assert (accel.stats(target).target_calls, oracle.calls) == (2, 6)
+
+
 def test_rows_that_end_inside_a_block(tiny) -> None:
     target = tiny.build("llama")
     inputs = tiny.prompts(3) | {"max_new_tokens": 24}
