@@ -134,6 +134,22 @@ def test_one_more_token_of_a_block_is_weighed_by_its_verification_alone() -> Non
     assert drafted(at_once=False) < 3 < 6 < drafted(at_once=True)
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_new_row_does_not_try_a_block_twice_before_it_gives_up(at_once: bool) -> None:
+    """A draft that reads whole rows each time has nothing to catch up: its first one in a row tells what it costs."""
+    length = AdaptiveLength(4, Costs(at_once))
+    for _ in range(TRUSTED):
+        length.costs.observe_draft(4, 40.0)
+        length.costs.observe_verify(1, 10.0)
+    length.open(0)
+    tries = 0
+    while length.allowance(0):
+        tries += 1
+        length.trim(0, [0.9] * 4, 1, free=False)
+        length.costs.observe_draft(4, 40.0)
+    assert tries == (1 if at_once else 2)
+
+
 def test_medians_resist_an_outlier_and_follow_a_change() -> None:
     costs = Costs()
     for seconds in (1.0, 50.0, 1.0, 1.1):

@@ -259,7 +259,7 @@ class SpeculativeDecoder(RowDecoder):
         paid = [guess for guess in guesses if not (self.is_mixed and self._is_free(guess.proposed))]
         num_drafted: float = sum(len(guess.proposed.tokens) for guess in paid)
         if num_drafted and self.costs.at_once:
-            # a block is as dear as what is used of it is short: tokens a row, because its rows are drafted together
+            # one price for the block: a token's share of it goes by how many of them were worth verifying, a row
             lengths = [guess.length for guess in paid if guess.proposed.tokens]
             num_drafted = max(1.0, sum(lengths) / len(lengths))
         if num_drafted or not self.is_mixed:

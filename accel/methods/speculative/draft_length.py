@@ -84,7 +84,7 @@ class Acceptance:
 class Costs:
     """Measured seconds of verifying n positions and of drafting; medians of recent timings.
 
-    ``at_once``: a round of drafting costs the same, however many tokens it drafts.
+    ``at_once``: a round of drafting costs the same, however many tokens it drafts and whatever came before it.
     """
 
     def __init__(self, at_once: bool = False) -> None:
@@ -273,7 +273,7 @@ class AdaptiveLength:
         if trial.pause > 0:
             trial.pause -= 1
             return 0
-        if trial.is_fresh:
+        if trial.is_fresh and not self.costs.at_once:
             self.costs.expect_catch_up()
         return self.longest
 
@@ -305,8 +305,8 @@ class AdaptiveLength:
         kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
         if sampled:
             kept = len(confidences)
-        # a fresh draft is not judged: what drafting costs may only be known after the next one
-        if free or not confidences or was_fresh:
+        # a fresh draft is not judged where what drafting costs is only known after the next one
+        if free or not confidences or (was_fresh and not (self.costs.at_once and self.costs.knows_draft)):
             return kept
         paused = self._judge(trial, survival[:kept], rows, drafted=len(confidences))
         # a failed try still verifies a token: without its outcome, the belief that made it fail could never change
