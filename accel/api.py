@@ -29,9 +29,10 @@ Messages = Sequence[dict[str, str]]
 def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None, **options: Any) -> PreTrainedModel:
     """Accelerate ``model.generate()`` from now on; returns the same model.
 
-    ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft, or a
-    ``Drafter``; and any number of cartridges (paths, ids, ``Cartridge`` objects), which stand in front of every prompt
-    in the order given unless a call says ``generate(…, cartridges=[…])``. ``method``: "speculative" (the default;
+    ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft (a causal one, or
+    a masked-diffusion one with this model's tokenizer), or a ``Drafter``; and any number of cartridges (paths, ids,
+    ``Cartridge`` objects), which stand in front of every prompt in the order given unless a call says
+    ``generate(…, cartridges=[…])``. ``method``: "speculative" (the default;
     lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
     take no artifacts. ``options``: the method's own (listed by ``accel methods``), and
     for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run

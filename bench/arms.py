@@ -80,9 +80,13 @@ def find_draft(source: str, target: Any, **load_options: Any) -> Draft:
         return Draft(drafter_from(source, target), reason=f"{source} is an artifact of accel")
     try:
         assistant = accel.load(source, **load_options).model
+        state = assistant.__dict__.get(STATE)
         accel.detach(assistant)  # transformers calls the assistant's own generate()
     except (AccelError, OSError, ValueError) as error:
         return Draft(source, reason=f"{source} is not a transformers model ({error})")
+    if state is not None and state.facts is not None:
+        reason = f"{source} is a masked-diffusion model, which transformers would read from left to right"
+        return Draft(assistant, reason=reason)
     theirs, ours = assistant.config.vocab_size, target.config.vocab_size
     if theirs != ours:
         return Draft(source, reason=f"{source} has a vocabulary of {theirs} tokens and the model one of {ours}")

@@ -39,7 +39,8 @@ class Ask:
     ``probs``) where it has one; ``warp`` [n, V] → [n, V] applies the row's own temperature and truncation to the
     drafter's logits; unless it ``names_tokens``, V may be any part of the vocabulary. ``keep_going(confidences) ->
     bool`` is asked after each token by drafters whose tokens cost something: False ends the row's draft early.
-    ``free_only``: of a drafter with several parts, only those whose tokens cost nothing are to be asked.
+    ``free_only``: of a drafter with several parts, only those whose tokens cost nothing are to be asked. ``passes``:
+    how many forward passes a drafter that fills a block at once may take for it.
     """
 
     row: int
@@ -49,11 +50,15 @@ class Ask:
     names_tokens: bool = False
     keep_going: Callable[[Sequence[float]], bool] | None = None
     free_only: bool = False
+    passes: int = 1
 
 
 @runtime_checkable
 class Drafter(Protocol):
-    """See the module's docstring for the order of calls: open, then (propose, observe)*, then close."""
+    """See the module's docstring for the order of calls: open, then (propose, observe)*, then close.
+
+    One that guesses a whole block for the price of one token has ``at_once = True`` beside ``free = False``.
+    """
 
     name: str
     # True where proposing is so cheap (microseconds) that a wrong guess costs only its verification
@@ -97,6 +102,12 @@ def leaves(drafter: Drafter) -> list[Drafter]:
     """Who really drafts: ``drafter`` itself, or those of its ``parts`` where it has any."""
     parts = getattr(drafter, "parts", ())
     return [leaf for part in parts for leaf in leaves(part)] if parts else [drafter]
+
+
+def drafts_at_once(drafter: Drafter) -> bool:
+    """Whether what costs something in ``drafter`` costs the same however many tokens it guesses."""
+    paid = [leaf for leaf in leaves(drafter) if not leaf.free]
+    return bool(paid) and all(getattr(leaf, "at_once", False) for leaf in paid)
 
 
 def target_readers(drafter: Drafter) -> list[TargetReader]:

@@ -18,6 +18,7 @@ import accel
 from accel.engine.transformers_call import PreparedCall
 from accel.kernels.verify import reference
 from accel.methods.speculative.draft_length import Acceptance, AdaptiveLength, Costs
+from accel.models.diffusion import DiffusionFacts, set_facts
 
 V, JOINT, NEW, DRAWS = 5, 4, 5, 1200
 # a text that repeats itself, so that suffix and n-gram drafters have something to say
@@ -117,6 +118,21 @@ def test_other_drafters(models, drafter, length, acceptance):
     assert p_value(out, exact(target, {"top_k": 0})) > 1e-4
     if length != "auto":
         assert 0 < stats.accepted_tokens < stats.drafted_tokens
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "acceptance", "temperature"),
+    [(3, 1, "token", 1.0), (3, 1, "block", 0.7), (3, 2, "token", 1.5), (3, 3, "block", 1.0), ("auto", 1, "auto", 1.0)],
+)
+def test_a_masked_diffusion_draft(models, tiny, length, steps, acceptance, temperature):
+    """Its mask token is one more than the target has; with several passes some tokens know those in front of them."""
+    target, _ = models
+    draft = tiny.build("llama", seed=8, vocab_size=V + 1, pad_token_id=0, bos_token_id=1, eos_token_id=None, peak=0.5)
+    set_facts(draft, DiffusionFacts(mask_token=V, block_length=4, threshold=1.3))
+    options = {"drafter": "lm", "draft_length": length, "draft_steps": steps, "acceptance": acceptance}
+    out, stats = sample(target, [draft], temperature=temperature, seed=4, **options)
+    assert p_value(out, exact(target, {"temperature": temperature, "top_k": 0})) > 1e-4
+    assert 0 < stats.accepted_tokens < stats.drafted_tokens
 
 
 WARPERS = {

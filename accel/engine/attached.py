@@ -234,7 +234,9 @@ class Attached:
             cls = method.load_options()
             assert cls is not None
             base = self.options if isinstance(self.options, cls) else cls()
-            changes = {"drafter": "lm" if assistant is not None else "ngram", "draft_length": length or "auto"}
+            drafter = "lm" if assistant is not None else "ngram"
+            # steps are the attached draft's, and this one may have none
+            changes = {"drafter": drafter, "draft_length": length or "auto", "draft_steps": 1}
             options = options_from(cls, {**vars(base), **changes}, "method 'speculative'")
             if assistant is not None:
                 draft = self._assistant(assistant, kwargs.get("tokenizer"), assistant_tokenizer)

@@ -11,9 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from accel.artifacts import Artifact, check_base, open_artifact, resolve
 from accel.drafters.base import Drafter
 from accel.drafters.eagle3 import Eagle3Drafter, is_head, load_head
+from accel.drafters.masked import MaskedDrafter
 from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
 from accel.drafters.translated import TranslatedDrafter
 from accel.errors import ArtifactError, IncompatibleError
+from accel.methods.dparallel.distill import artifact as masked_artifacts
+from accel.models.diffusion import Denoiser, facts_of
+from accel.models.loading import load_model
 
 
 def drafter_from(
@@ -24,12 +28,15 @@ def drafter_from(
 ) -> Drafter:
     """The drafter for ``model`` that ``given`` stands for.
 
-    With ``tokenizer`` and ``draft_tokenizer`` a live draft model is translated between the two vocabularies.
+    With ``tokenizer`` and ``draft_tokenizer`` a live draft model is translated between the two vocabularies; of a
+    masked-diffusion model, which is not translated, the two must agree.
     """
     vocab_size: int = model.config.get_text_config(decoder=True).vocab_size
     if isinstance(given, PreTrainedModel):
         if given is model:
             raise IncompatibleError("the draft is the target itself: pass a smaller model")
+        if facts_of(given) is not None:
+            return _masked(given, vocab_size, tokenizer, draft_tokenizer)
         if draft_tokenizer is not None:
             if tokenizer is None:
                 raise IncompatibleError("draft_tokenizer= without tokenizer=: pass the target's tokenizer too")
@@ -44,9 +51,13 @@ def drafter_from(
                         f"draft_tokenizer= with the draft head {folder}: it needs none; leave it out"
                     )
                 return Eagle3Drafter(load_head(folder, model), model)
-            draft = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, local_files_only=True)
-            return drafter_from(draft.to(model.device).eval(), model, tokenizer, draft_tokenizer)
+            draft, own = load_model(folder, device=model.device, dtype=model.dtype)
+            if facts_of(draft) is not None:
+                draft_tokenizer = draft_tokenizer or own
+            return drafter_from(draft, model, tokenizer, draft_tokenizer)
         given = open_artifact(resolve(given))
+    if isinstance(given, Artifact) and given.kind == masked_artifacts.KIND:
+        return _from_masked_artifact(given, model, vocab_size, tokenizer)
     if isinstance(given, Artifact):
         return _from_artifact(given, model, vocab_size)
     if isinstance(given, Drafter):
@@ -61,7 +72,8 @@ def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) 
     """A draft artifact: its parameters hold the draft's ``config`` and, for a trimmed vocabulary, ``unknown``."""
     if artifact.manifest.kind != "draft":
         raise ArtifactError(
-            f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind 'draft'"
+            f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind 'draft', or "
+            f"{masked_artifacts.KIND!r} of a masked-diffusion model"
         )
     check_base(artifact, model.config)
     parameters: dict[str, Any] = dict(artifact.manifest.parameters)
@@ -79,3 +91,36 @@ def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) 
         d2t: torch.Tensor = artifact.tensors("vocabulary.safetensors")["d2t"]
         vocabulary = VocabularyMap(d2t, int(parameters["unknown"]), vocab_size)
     return SmallLMDrafter(draft.to(model.device).eval(), vocab_size, vocabulary)
+
+
+def _from_masked_artifact(
+    artifact: Artifact, model: PreTrainedModel, vocab_size: int, tokenizer: PreTrainedTokenizerBase | None
+) -> Drafter:
+    """The manifest names the model that it was made from, which need not be the one that it drafts for."""
+    masked_artifacts.facts_in(artifact)
+    for name in artifact.manifest.files:
+        artifact.file(name)
+    draft, own = load_model(artifact.path, device=model.device, dtype=model.dtype)
+    return _masked(draft, vocab_size, tokenizer, own)
+
+
+def _masked(
+    draft: PreTrainedModel,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None,
+    own: PreTrainedTokenizerBase | None,
+) -> Drafter:
+    """``own``: the draft's tokenizer; where one of the two is not known, the sizes alone are compared."""
+    facts = facts_of(draft)
+    assert facts is not None, "a masked-diffusion model carries its facts"
+    if tokenizer is not None and own is not None:
+        ours, theirs = ({id: text for text, id in each.get_vocab().items()} for each in (tokenizer, own))
+        # either may name tokens that the other leaves unnamed, as checkpoints of one family do
+        differ = sorted(id for id in ours.keys() & theirs.keys() - {facts.mask_token} if ours[id] != theirs[id])
+        if differ:
+            raise IncompatibleError(
+                f"the masked-diffusion draft has another tokenizer than the model (token {differ[0]} is "
+                f"{theirs[differ[0]]!r} there and {ours[differ[0]]!r} here): its drafts are not translated; use one "
+                "with the model's tokenizer, or a small causal model"
+            )
+    return MaskedDrafter(Denoiser(draft, facts), vocab_size)

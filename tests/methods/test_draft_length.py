@@ -104,6 +104,52 @@ def test_costs_between_below_and_above_what_was_measured() -> None:
     assert costs.verify(1) == pytest.approx(2.0 / (1 + 3 * per_position))
 
 
+def test_what_is_drafted_at_once_costs_the_same_however_much_it_is() -> None:
+    tokens, block = Costs(), Costs(at_once=True)
+    for costs in (tokens, block):
+        assert costs.drafting(4) == 0.0
+        for _ in range(WINDOW):
+            costs.observe_draft(4, 2.0)
+            costs.observe_verify(1, 10.0)
+    assert [tokens.drafting(n) for n in (0, 1, 8)] == [0.0, 0.5, 4.0]
+    assert [block.drafting(n) for n in (0, 1, 8)] == [0.0, 2.0, 2.0]
+    assert tokens.draft() == block.draft() == 0.5 and tokens.ratio(1) == block.ratio(1) == 0.05
+
+
+def test_one_more_token_of_a_block_is_weighed_by_its_verification_alone() -> None:
+    """Tokens of one doubtful confidence: dear ones stop the draft at once, those of a block that is paid do not."""
+
+    def drafted(at_once: bool) -> int:
+        length = AdaptiveLength(16, Costs(at_once))
+        length.open(0)
+        for _ in range(TRUSTED):
+            length.costs.observe_draft(1, 6.0)
+            for positions in range(1, 18):
+                length.costs.observe_verify(positions, 10.0 + 0.1 * positions)
+        confidences = [0.6]
+        while len(confidences) < 16 and length.keep_going(0, confidences, 1):
+            confidences.append(0.6)
+        return len(confidences)
+
+    assert drafted(at_once=False) < 3 < 6 < drafted(at_once=True)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_new_row_does_not_try_a_block_twice_before_it_gives_up(at_once: bool) -> None:
+    """A draft that reads whole rows each time has nothing to catch up: its first one in a row tells what it costs."""
+    length = AdaptiveLength(4, Costs(at_once))
+    for _ in range(TRUSTED):
+        length.costs.observe_draft(4, 40.0)
+        length.costs.observe_verify(1, 10.0)
+    length.open(0)
+    tries = 0
+    while length.allowance(0):
+        tries += 1
+        length.trim(0, [0.9] * 4, 1, free=False)
+        length.costs.observe_draft(4, 40.0)
+    assert tries == (1 if at_once else 2)
+
+
 def test_medians_resist_an_outlier_and_follow_a_change() -> None:
     costs = Costs()
     for seconds in (1.0, 50.0, 1.0, 1.1):

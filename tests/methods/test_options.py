@@ -32,7 +32,11 @@ REFUSED = [
     ({"lenience": ("lin", 0.5), "acceptance": "block"}, ["acceptance='block'", "'token' or 'auto'"]),
     (
         {"gamma": 5},
-        ["'gamma'", "method 'speculative'", "acceptance, draft_length, drafter, lenience, max_draft_length"],
+        [
+            "'gamma'",
+            "method 'speculative'",
+            "acceptance, draft_length, draft_steps, drafter, lenience, max_draft_length",
+        ],
     ),
 ]
 

@@ -46,6 +46,7 @@ class ToyDenoiser:
     """
 
     supports_cache = True
+    vocab_size = VOCAB
 
     def __init__(self, facts: DiffusionFacts, *, seed: int, peak: float, max_positions: int | None) -> None:
         generator = torch.Generator().manual_seed(seed)

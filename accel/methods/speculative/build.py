@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from accel.drafters.base import Drafter
+from accel.drafters.base import Drafter, drafts_at_once
 from accel.drafters.cascade import CascadeDrafter
 from accel.drafters.ngram import NgramDrafter
 from accel.drafters.suffix import SuffixDrafter
@@ -13,7 +13,13 @@ from accel.methods.speculative.options import SpeculativeOptions
 
 def create_speculator(options: SpeculativeOptions, draft: Drafter | None) -> Speculator:
     """``draft``: the drafter made from the user's artifact, where there is one."""
-    return Speculator.create(create_drafter(options.drafter, draft), options)
+    drafter = create_drafter(options.drafter, draft)
+    if options.draft_steps > 1 and not drafts_at_once(drafter):
+        raise OptionError(
+            f"draft_steps={options.draft_steps} with drafter {drafter.name!r}, which has no steps: they are a "
+            "masked-diffusion draft's; leave draft_steps out"
+        )
+    return Speculator.create(drafter, options)
 
 
 def create_drafter(name: str, draft: Drafter | None) -> Drafter:

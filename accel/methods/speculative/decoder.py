@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from accel.axes import Target
-from accel.drafters.base import Ask, Draft, Drafter, leaves, open_row, target_readers
+from accel.drafters.base import Ask, Draft, Drafter, drafts_at_once, leaves, open_row, target_readers
 from accel.errors import IncompatibleError
 from accel.kernels.verify import accept, draw, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
@@ -33,7 +33,7 @@ class Speculator:
 
     @classmethod
     def create(cls, drafter: Drafter, options: SpeculativeOptions) -> Speculator:
-        costs = Costs()
+        costs = Costs(drafts_at_once(drafter))
         fixed = not isinstance(options.draft_length, str)
         length = FixedLength(options.longest_draft) if fixed else AdaptiveLength(options.longest_draft, costs)
         return cls(drafter, length, costs)
@@ -159,6 +159,7 @@ class SpeculativeDecoder(RowDecoder):
             names_tokens=live.sampler.pipeline.names_tokens,
             keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows, self.paid),
             free_only=free_only,
+            passes=self.options.draft_steps,
         )
 
     def _room(self, live: LiveRow) -> int:
@@ -253,10 +254,14 @@ class SpeculativeDecoder(RowDecoder):
         return self.emit(live, tokens, logits[: kept + 1], scores)
 
     def _account(self, rows: int, n: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
-        proposals = [guess.proposed for guess in guesses]
         self.costs.observe_verify(rows * n, verifying)
-        num_drafted = sum(len(each.tokens) for each in proposals if not (self.is_mixed and self._is_free(each)))
         # in a cascade, what a free guess took says nothing of the tokens that cost something
+        paid = [guess for guess in guesses if not (self.is_mixed and self._is_free(guess.proposed))]
+        num_drafted: float = sum(len(guess.proposed.tokens) for guess in paid)
+        if num_drafted and self.costs.at_once:
+            # one price for the block: a token's share of it goes by how many of them were worth verifying, a row
+            lengths = [guess.length for guess in paid if guess.proposed.tokens]
+            num_drafted = max(1.0, sum(lengths) / len(lengths))
         if num_drafted or not self.is_mixed:
             self.costs.observe_draft(num_drafted, drafting)
         self.stats.target_calls += 1

@@ -82,12 +82,17 @@ class Acceptance:
 
 
 class Costs:
-    """Measured seconds of verifying n positions and of drafting one token; medians of recent timings."""
+    """Measured seconds of verifying n positions and of drafting; medians of recent timings.
 
-    def __init__(self) -> None:
+    ``at_once``: a round of drafting costs the same, however many tokens it drafts and whatever came before it.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         # number of positions → (step, seconds)
         self._verify: dict[int, deque[tuple[int, float]]] = {}
-        self._draft: deque[float] = deque(maxlen=WINDOW)
+        # (tokens, seconds) of a round
+        self._draft: deque[tuple[float, float]] = deque(maxlen=WINDOW)
         self._catching_up = False
         self._last_seen: dict[int, int] = {}
         self._num_steps = 0
@@ -111,16 +116,22 @@ class Costs:
         self._last_seen[positions] = self._num_steps
         self._believed = None
 
-    def observe_draft(self, tokens: int, seconds: float) -> None:
+    def observe_draft(self, tokens: float, seconds: float) -> None:
         if self._catching_up:
             self.catch_up = seconds
         elif tokens:
-            self._draft.append(seconds / tokens)
+            self._draft.append((tokens, seconds))
         self._catching_up = False
 
     def draft(self) -> float:
         """Seconds per drafted token; 0 until measured, so that an unknown drafter is given a try."""
-        return median(self._draft) if self._draft else 0.0
+        return median(seconds / tokens for tokens, seconds in self._draft) if self._draft else 0.0
+
+    def drafting(self, tokens: int) -> float:
+        """Seconds of a round that drafts so many tokens a row; 0 until measured."""
+        if not self.at_once:
+            return tokens * self.draft()
+        return median(seconds for _, seconds in self._draft) if tokens and self._draft else 0.0
 
     def verify(self, positions: int) -> float:
         """Seconds of one target step over n positions: measured, interpolated, or assumed to grow slowly."""
@@ -262,7 +273,7 @@ class AdaptiveLength:
         if trial.pause > 0:
             trial.pause -= 1
             return 0
-        if trial.is_fresh:
+        if trial.is_fresh and not self.costs.at_once:
             self.costs.expect_catch_up()
         return self.longest
 
@@ -294,8 +305,8 @@ class AdaptiveLength:
         kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
         if sampled:
             kept = len(confidences)
-        # a fresh draft is not judged: what drafting costs may only be known after the next one
-        if free or not confidences or was_fresh:
+        # a fresh draft is not judged where what drafting costs is only known after the next one
+        if free or not confidences or (was_fresh and not (self.costs.at_once and self.costs.knows_draft)):
             return kept
         paused = self._judge(trial, survival[:kept], rows, drafted=len(confidences))
         # a failed try still verifies a token: without its outcome, the belief that made it fail could never change
@@ -303,7 +314,7 @@ class AdaptiveLength:
 
     def _judge(self, trial: _Trial, survival: Sequence[float], rows: int, drafted: int) -> bool:
         """Whether recent rounds would have been better without their drafts: then the drafter is paused."""
-        steps = (self.costs.verify(rows * (1 + len(survival))) + drafted * self.costs.draft()) / self.costs.verify(rows)
+        steps = (self.costs.verify(rows * (1 + len(survival))) + self.costs.drafting(drafted)) / self.costs.verify(rows)
         trial.balance = BALANCE_FORGET * trial.balance + 1.0 + sum(survival) - steps
         if trial.balance >= 0:
             trial.patience = FIRST_PROBE
@@ -334,7 +345,7 @@ class AdaptiveLength:
 
     def _rate(self, survival: Sequence[float], rows: int, drafted: int) -> float:
         """Expected tokens per second of a round that verifies ``len(survival)`` tokens after drafting ``drafted``."""
-        seconds = self.costs.verify(rows * (1 + len(survival))) + drafted * self.costs.draft()
+        seconds = self.costs.verify(rows * (1 + len(survival))) + self.costs.drafting(drafted)
         return (1.0 + sum(survival)) / seconds
 
 

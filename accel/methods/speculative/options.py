@@ -31,6 +31,13 @@ class SpeculativeOptions:
         default=16,
         metadata={"help": f"the most that draft_length='auto' may draft in a round (1 to {MAX_DRAFT_LENGTH})"},
     )
+    draft_steps: int = field(
+        default=1,
+        metadata={
+            "help": "forward passes that a masked-diffusion draft takes for a block: more of them guess better and "
+            "cost more"
+        },
+    )
     acceptance: str = field(
         default="auto",
         metadata={
@@ -53,6 +60,7 @@ class SpeculativeOptions:
         if self.draft_length != "auto":
             _check_length("draft_length", self.draft_length, "or 'auto'; use method='plain' for no drafting")
         _check_length("max_draft_length", self.max_draft_length, "")
+        _check_length("draft_steps", self.draft_steps, "")
         if self.lenience is not None:
             self._check_lenience(self.lenience)
 

@@ -95,6 +95,8 @@ class Denoiser:
         facts.check(model.config)
         config = model.config.get_text_config(decoder=True)
         self.model, self.facts, self.config = model, facts, config
+        # whose layers ``cpu_linear`` may speed up where the model drafts
+        self.linears: nn.Module = model
         self.vocab_size: int = config.vocab_size
         self.is_masked_lm = is_masked_lm(model)
         # a table of learned positions ends; rotations go on, if with less and less sense
