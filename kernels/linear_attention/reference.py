@@ -174,6 +174,22 @@ def replay_step(
     min_log_decay: float | None = None,
 ) -> Tensor:
     """See ``accel.kernels.linear_attention``."""
+    numerator, denominator = replay_terms(q, k, v, log_decay, state, replay, scale=scale, min_log_decay=min_log_decay)
+    return (numerator / (denominator + eps)[..., None]).to(q.dtype)
+
+
+def replay_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: State,
+    replay: Replay,
+    *,
+    scale: float | None = None,
+    min_log_decay: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``accel.kernels.linear_attention``; here the numerator is fp32."""
     B, n = q.shape[:2]
     fold(state, replay, room=n)
     if min_log_decay is not None:
@@ -183,17 +199,20 @@ def replay_step(
     for buffered, new in ((replay.k, k), (replay.v, v), (replay.log_decay, log_decay)):
         buffered[row, place] = new.to(buffered.dtype)
     # every row from its buffer's start: what lies beyond a row's own inputs comes later and is not looked at
-    late = q.new_zeros(B, replay.capacity, *q.shape[2:])
+    used = int(replay.length.max()) + n if B else n
+    late = q.new_zeros(B, used, *q.shape[2:])
     late[row, place] = q
-    inputs = _without(replay, replay.length + n)
-    out, _ = linear_attention(late, *inputs, scale=scale, eps=eps, initial_state=state)
-    return out[row, place]
+    inputs = (x[:, :used] for x in _without(replay, replay.length + n))
+    numerator, denominator, _ = linear_attention_terms(late, *inputs, scale=scale, initial_state=state)
+    return numerator[row, place], denominator[row, place]
 
 
 def fold(state: State, replay: Replay, *, room: int | None = None) -> None:
     """See ``accel.kernels.linear_attention``."""
     room = replay.capacity if room is None else room
     full = replay.length > replay.capacity - room
+    if not full.any():
+        return
     inputs = _without(replay, replay.length * full)
     _, _, after = linear_attention_terms(
         inputs[0].new_zeros(*inputs[0].shape[:2], state.z.shape[1], state.z.shape[2]), *inputs, initial_state=state
