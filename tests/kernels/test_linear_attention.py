@@ -16,6 +16,7 @@ from accel.kernels.linear_attention import (
     new_replay,
     reference,
     replay_step,
+    replay_terms,
 )
 
 
@@ -164,6 +165,19 @@ def test_a_replay_after_rejected_tokens_is_the_kept_ones_from_the_start(kept):
             assert_close(second[b : b + 1], expected[:, n:])
             assert_close(state.s[b : b + 1], end.s)
             assert_close(state.z[b : b + 1], end.z)
+
+
+def test_replay_terms_are_the_two_sides_of_a_replay_step():
+    drafts, more = inputs(T=4), inputs(T=3, seed=1)
+    state, replay = some_state(), new_replay(*drafts[1:], 16)
+    replay_terms(*drafts, state, replay)
+    keep(replay, torch.tensor([4, 4]))
+    text = [torch.cat(pair, 1) for pair in zip(drafts, more, strict=True)]
+    wanted, below, _ = linear_attention_terms(*text, initial_state=some_state())
+    numerator, denominator = replay_terms(*more, state, replay)
+    assert_close(numerator, wanted[:, 4:])
+    assert_close(denominator, below[:, 4:])
+    assert_close(replay_step(*more, state, replay, eps=0.5), numerator / (denominator + 0.5)[..., None])
 
 
 def test_a_replay_step_reads_the_state_and_leaves_it():

@@ -30,6 +30,15 @@ class LinearAttention(nn.Module):
     gate_up [Hkv·K, r or hidden] and gate_bias [Hkv·K] (none of them without a gate), window_factors [H].
     """
 
+    q_map: Tensor
+    k_map: Tensor | None
+    q_taps: Tensor | None
+    k_taps: Tensor | None
+    gate_down: Tensor | None
+    gate_up: Tensor | None
+    gate_bias: Tensor | None
+    window_factors: Tensor | None
+
     def __init__(self, softmax: Any, spec: LinearSpec, index: int, padding: Padding) -> None:
         super().__init__()
         config = softmax.config
@@ -45,8 +54,8 @@ class LinearAttention(nn.Module):
             shape = parameter_shapes(spec, heads).get(name)
             value = None
             if shape is not None:
-                place = {"dtype": torch.float32, "device": softmax.q_proj.weight.device}
-                value = nn.Parameter(torch.zeros(shape, **place), requires_grad=False)
+                zeros = torch.zeros(shape, dtype=torch.float32, device=softmax.q_proj.weight.device)
+                value = nn.Parameter(zeros, requires_grad=False)
             self.register_parameter(name, value)
 
     @torch.no_grad()
@@ -94,7 +103,7 @@ class LinearAttention(nn.Module):
         return Projected(q, k, v, self._gate(hidden), rotated_q, rotated_k)
 
     def _gate(self, hidden: Tensor) -> Tensor | None:
-        if self.gate_up is None:
+        if self.gate_up is None or self.gate_bias is None:
             return None
         inner = hidden if self.gate_down is None else F.linear(hidden, self.gate_down.to(hidden.dtype))
         logits = F.linear(inner, self.gate_up.to(hidden.dtype), self.gate_bias.to(hidden.dtype))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -130,7 +130,7 @@ class StatePool:
 
     def __init__(self, spec: LinearSpec, heads: Heads, dtype: torch.dtype, device: torch.device) -> None:
         self.spec, self.heads = spec, heads
-        self._kind = {"dtype": dtype, "device": device}
+        self._kind: dict[str, Any] = {"dtype": dtype, "device": device}
         self._device = device
         self.capacity = CAPACITY
         self._num_slots = 0
@@ -273,8 +273,8 @@ class StatePool:
         before = self._memory(place, slots, now.tentative)
         f = features(layer, x, before.conv)
         assert f.log_decay is not None
-        buffers = [each[place, slots.key] for each in self._replay]
-        replay = Replay(*buffers, now.lengths.clone())
+        k, v, log_decay = (each[place, slots.key] for each in self._replay)
+        replay = Replay(k, v, log_decay, now.lengths.clone())
         inputs = (f.q, f.k, x.v, f.log_decay, before.linear, replay)
         floor = layer.spec.min_log_decay
         if layer.spec.is_fraction:
@@ -287,7 +287,7 @@ class StatePool:
             # the kernel wrote into copies
             places = now.lengths.long()[:, None] + torch.arange(now.n, device=self._device)
             rows = torch.arange(len(slots.list), device=self._device)[:, None]
-            for store, each in zip(self._replay, buffers, strict=True):
+            for store, each in zip(self._replay, (k, v, log_decay), strict=True):
                 store[place, slots.index[:, None], places] = each[rows, places]
         for line, new in zip(self._lines, self._line_inputs(x), strict=True):
             line.write(place, slots, now.tentative, new)
@@ -298,7 +298,7 @@ class StatePool:
         state = State(self._s[place, slots.key], self._z[place, slots.key])
         found = [line.before(place, slots, starts) for line in self._lines]
         conv = ConvState(found[0], found[1]) if self.spec.conv_width else None
-        window = WindowState(*found[-3:-1], found[-1]) if self.spec.window else None
+        window = WindowState(found[-3], found[-2], found[-1]) if self.spec.window else None
         return Memory(state, conv, window)
 
     def _line_inputs(self, x: Projected) -> list[Tensor]:
@@ -319,7 +319,8 @@ class StatePool:
         counts = torch.tensor([self._buffered[slot] for slot in where.list], dtype=torch.int32, device=self._device)
         for place in range(len(self.spec.layers)):
             state = State(self._s[place, where.key], self._z[place, where.key])
-            fold(state, Replay(*(each[place, where.key] for each in self._replay), counts.clone()))
+            k, v, log_decay = (each[place, where.key] for each in self._replay)
+            fold(state, Replay(k, v, log_decay, counts.clone()))
             if where.span is None:
                 self._s[place, where.index], self._z[place, where.index] = state
         for slot in slots:
@@ -330,7 +331,7 @@ class StatePool:
     def _allocate(self, slots: int, capacity: int) -> None:
         H, Hkv, D, K = self.heads.queries, self.heads.keys, self.heads.width, 2 * self.spec.feature_size
         L, gates = len(self.spec.layers), Hkv if self.spec.gate_rank != 0 else 1
-        fp32 = {"dtype": torch.float32, "device": self._device}
+        fp32: dict[str, Any] = {"dtype": torch.float32, "device": self._device}
         self._s = torch.zeros(L, slots, H, K, D, **fp32)
         self._z = torch.zeros(L, slots, H, K, **fp32)
         self._replay = [

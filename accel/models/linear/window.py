@@ -56,8 +56,8 @@ def window_terms(
     numerators, denominators, states = [], [], []
     for n, (start, end) in enumerate(pairwise(bounds)):
         own = WindowState(*(each[n : n + 1] for each in before))
-        rows = (each[:, start:end] for each in (q, k, v, there))
-        (numerator, denominator), after = _dense(*rows, own, window)
+        at = slice(start, end)
+        (numerator, denominator), after = _dense(q[:, at], k[:, at], v[:, at], there[:, at], own, window)
         numerators.append(numerator)
         denominators.append(denominator)
         states.append(after)
