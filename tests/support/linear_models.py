@@ -90,9 +90,12 @@ def naive(layer: Any, hidden: Tensor) -> Tensor:
     S, z = torch.zeros(H, D, D, dtype=torch.float64), torch.zeros(H, D, dtype=torch.float64)
     weight = torch.zeros(H, 1) if layer.window_factors is None else layer.window_factors.double().sigmoid()[:, None]
     for t in range(T):
-        key, a = mapped(k, 1, t), log_decay[t].exp()
-        S, z = a[:, :, None] * S + key[:, :, None] * v[t][:, None, :], a * z + key
-        query = mapped(q, 0, t) * D**-0.5
+        entering, a = t if spec.covers_window else t - spec.window, log_decay[t].exp()
+        S, z = a[:, :, None] * S, a * z
+        if entering >= 0:
+            key = mapped(k, 1, entering)
+            S, z = S + key[:, :, None] * v[entering][:, None, :], z + key
+        query = mapped(q, 0, t) * (D**-0.5 if spec.scaled else 1.0)
         num, den = torch.einsum("hk,hkv->hv", query, S), (query * z).sum(-1, keepdim=True)
         if spec.affine:
             num, den = (1 - weight) * num, (1 - weight) * den

@@ -7,14 +7,14 @@ and transformers_cache.py's business.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from accel.kernels.conv_features import ConvState, Features, conv_features
+from accel.kernels.conv_features import ConvState, conv_features
 from accel.kernels.linear_attention import State, linear_attention, linear_attention_terms
-from accel.models.linear.window import WindowState, window_terms
+from accel.models.linear.window import WindowState, delayed, window_terms
 
 if TYPE_CHECKING:
     from accel.models.linear.layer import LinearAttention
@@ -46,12 +46,32 @@ class Memory(NamedTuple):
     window: WindowState | None
 
 
-def features(layer: LinearAttention, x: Projected, conv: ConvState | None, **sequences: Tensor | None) -> Features:
-    """q, k [B, T, H, K] and log_decay [B, T, Hkv or 1, K] of a stretch; ``sequences``: ``mask`` or ``cu_seqlens``."""
-    spec = layer.spec
+class Inputs(NamedTuple):
+    """What linear attention takes of a stretch: q, k [B, T, H, K], v [B, T, Hkv, D], log_decay [B, T, Hkv or 1, K]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+
+
+def linear_inputs(
+    layer: LinearAttention,
+    x: Projected,
+    before: Memory | None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Inputs, ConvState | None]:
+    """Features of a stretch behind ``before``, and the conv's memory after it; see ``attend``."""
+    spec, v = layer.spec, x.v
     q, k = (x.rotated_q, x.rotated_k) if spec.rope else (x.q, x.k)
+    if not spec.covers_window:
+        # Without conv and gate only the token that enters counts. Where there is none yet the state is empty, so that
+        # it does not matter that the mask is the query's too.
+        k, v, mask = delayed(layer, x, None if before is None else before.window, mask=mask, cu_seqlens=cu_seqlens)
+        cu_seqlens = None
     assert q is not None and k is not None
-    found = conv_features(
+    f = conv_features(
         q,
         k,
         x.gate,
@@ -62,14 +82,13 @@ def features(layer: LinearAttention, x: Projected, conv: ConvState | None, **seq
         activation=spec.activation,
         gate_normalizer=spec.gate_normalizer,
         min_log_decay=spec.min_log_decay,
-        state=conv,
-        mask=sequences.get("mask"),
-        cu_seqlens=sequences.get("cu_seqlens"),
+        state=None if before is None else before.conv,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
     )
-    if found.log_decay is not None:
-        return found
-    # nothing is forgotten
-    return found._replace(log_decay=torch.zeros_like(found.k[:, :, :1]))
+    # without a gate nothing is forgotten
+    log_decay = torch.zeros_like(f.k[:, :, :1]) if f.log_decay is None else f.log_decay
+    return Inputs(f.q, f.k, v, log_decay), f.state
 
 
 def attend(
@@ -85,23 +104,23 @@ def attend(
     ``mask`` bool [B, T]: False at padding, which is neither remembered nor decays what is. ``cu_seqlens``: bounds of
     N sequences packed into B = 1; the memories then have N rows.
     """
-    linear, conv, window = before if before is not None else (None, None, None)
-    f = features(layer, x, conv, mask=mask, cu_seqlens=cu_seqlens)
-    assert f.log_decay is not None
-    inputs = (f.q, f.k, x.v, f.log_decay)
-    if layer.spec.is_fraction:
-        out, after = linear_attention(
-            *inputs, eps=layer.spec.eps, initial_state=linear, cu_seqlens=cu_seqlens,
-            min_log_decay=layer.spec.min_log_decay,
-        )  # fmt: skip
-        return out, Memory(after, f.state, None)
-    numerator, denominator, after = linear_attention_terms(
-        *inputs, initial_state=linear, cu_seqlens=cu_seqlens, min_log_decay=layer.spec.min_log_decay
-    )
-    beside = None
-    if layer.spec.window:
+    spec = layer.spec
+    inputs, conv = linear_inputs(layer, x, before, mask, cu_seqlens)
+    options: dict[str, Any] = {
+        "scale": spec.scale,
+        "initial_state": None if before is None else before.linear,
+        "cu_seqlens": cu_seqlens,
+        "min_log_decay": spec.min_log_decay,
+    }
+    if spec.is_fraction:
+        out, after = linear_attention(*inputs, eps=spec.eps, **options)
+        return out, Memory(after, conv, None)
+    numerator, denominator, after = linear_attention_terms(*inputs, **options)
+    beside, window = None, None
+    if spec.window:
+        window = None if before is None else before.window
         beside, window = window_terms(layer, x, window, mask=mask, cu_seqlens=cu_seqlens)
-    return combine(layer, numerator, denominator, beside), Memory(after, f.state, window)
+    return combine(layer, numerator, denominator, beside), Memory(after, conv, window)
 
 
 def combine(
@@ -122,4 +141,5 @@ def combine(
         if beside is not None:
             numerator = numerator + weight * beside[0]
             denominator = denominator + weight * beside[1][..., None]
-    return (numerator / (denominator + spec.eps)).to(kind)
+    # a padded position may see nothing at all, and 0 / 0 would spread from there
+    return (numerator / (denominator + spec.eps).clamp(min=torch.finfo(torch.float32).tiny)).to(kind)

@@ -42,6 +42,10 @@ class LinearSpec:
     window: int = 0
     # the linear term weighs 1 - sigmoid(window_factors) instead of 1
     affine: bool = False
+    # the linear term counts the window's tokens too; if not, only those before it (LoLCATs)
+    covers_window: bool = True
+    # queries times K^-0.5, which matters beside a window only (LoLCATs has none)
+    scaled: bool = True
     # rotated q and k in the linear term (LoLCATs; LAWCAT has none)
     rope: bool = False
     eps: float = 1e-10
@@ -67,6 +71,11 @@ class LinearSpec:
             raise ArtifactError(f"window={self.window}: must be 0 (no softmax window) or more")
         if self.window and not self.normalised:
             raise ArtifactError(f"window={self.window} without normalised: the window shares the linear denominator")
+        if not self.covers_window and (not self.window or self.conv_width or self.gate_rank != 0):
+            raise ArtifactError(
+                f"covers_window=False with window={self.window}, conv_width={self.conv_width}, gate_rank="
+                f"{self.gate_rank}: keys that enter late need a window, and have neither conv nor gate (0 and 0)"
+            )
         if self.share_conv and not self.conv_width:
             raise ArtifactError("share_conv without a conv: set conv_width to 4, or share_conv to false")
         if self.rope and self.conv_width:
@@ -78,6 +87,16 @@ class LinearSpec:
     def is_fraction(self) -> bool:
         """Whether the output is the kernel's own fraction, numerator over denominator plus eps."""
         return self.normalised and not self.window and not self.affine
+
+    @property
+    def remembered(self) -> int:
+        """Tokens whose rotated keys and values are kept beside the state."""
+        return 0 if not self.window else self.window - 1 if self.covers_window else self.window
+
+    @property
+    def scale(self) -> float | None:
+        """What the kernels multiply queries with; None for their own K^-0.5."""
+        return None if self.scaled else 1.0
 
     @property
     def needs_rotation(self) -> bool:
@@ -148,6 +167,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "normalised": (bool,),
     "window": (int,),
     "affine": (bool,),
+    "covers_window": (bool,),
+    "scaled": (bool,),
     "rope": (bool,),
     "eps": (int, float),
 }

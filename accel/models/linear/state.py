@@ -16,7 +16,7 @@ from torch import Tensor
 
 from accel.kernels.conv_features import ConvState
 from accel.kernels.linear_attention import Replay, State, fold, replay_step, replay_terms
-from accel.models.linear.memory import Memory, Projected, attend, combine, features
+from accel.models.linear.memory import Memory, Projected, attend, combine, linear_inputs
 from accel.models.linear.spec import CONV_WIDTH, Heads, LinearSpec
 from accel.models.linear.window import WindowState, window_terms
 from accel.models.row_cache import RowCache, Segment, Step
@@ -271,16 +271,14 @@ class StatePool:
         place, slots = layer.place, now.slots
         assert now.lengths is not None
         before = self._memory(place, slots, now.tentative)
-        f = features(layer, x, before.conv)
-        assert f.log_decay is not None
+        fresh, _ = linear_inputs(layer, x, before)
         k, v, log_decay = (each[place, slots.key] for each in self._replay)
         replay = Replay(k, v, log_decay, now.lengths.clone())
-        inputs = (f.q, f.k, x.v, f.log_decay, before.linear, replay)
-        floor = layer.spec.min_log_decay
+        options: dict[str, Any] = {"scale": layer.spec.scale, "min_log_decay": layer.spec.min_log_decay}
         if layer.spec.is_fraction:
-            out = replay_step(*inputs, eps=layer.spec.eps, min_log_decay=floor)
+            out = replay_step(*fresh, before.linear, replay, eps=layer.spec.eps, **options)
         else:
-            numerator, denominator = replay_terms(*inputs, min_log_decay=floor)
+            numerator, denominator = replay_terms(*fresh, before.linear, replay, **options)
             beside = window_terms(layer, x, before.window)[0] if layer.spec.window else None
             out = combine(layer, numerator, denominator, beside)
         if slots.span is None:
@@ -345,7 +343,7 @@ class StatePool:
                 buffer = torch.zeros(L, slots, CONV_WIDTH - 1 + capacity, heads, D, **self._kind)
                 self._lines.append(Line(buffer, CONV_WIDTH - 1))
         if self.spec.window:
-            m = self.spec.window - 1
+            m = self.spec.remembered
             for _ in range(2):
                 self._lines.append(Line(torch.zeros(L, slots, m + capacity, Hkv, D, **self._kind), m))
             there = torch.zeros(L, slots, m + capacity, dtype=torch.bool, device=self._device)

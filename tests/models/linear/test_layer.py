@@ -26,10 +26,20 @@ OPTIONS = {
     "window of 1": {"window": 1},
     "window of 5": {"window": 5},
     "window of 5, affine": {"window": 5, "affine": True},
+    "window of 5, old tokens": {
+        "conv_width": 0,
+        "gate_rank": 0,
+        "rope": True,
+        "window": 5,
+        "covers_window": False,
+        "scaled": False,
+        "eps": 0.0,
+    },
     "rotated": {"conv_width": 0, "gate_rank": 0, "rope": True, "eps": 1e-12},
 }
 
 
+PATHS = {"linear": {}, "window": {"window": 5}, "hybrid": {"layers": (1,)}, "old": OPTIONS["window of 5, old tokens"]}
 CASES = [
     *(pytest.param("llama", options, id=name) for name, options in OPTIONS.items()),
     *(pytest.param(family, {"window": 5}, id=family) for family in ("mistral", "qwen2", "qwen3")),
@@ -50,7 +60,7 @@ def test_a_layer_is_its_equation(tiny, family, options):
             assert error(got[row], naive(layer, hidden[row])) <= TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"layers": (1,)}], ids=["linear", "window", "hybrid"])
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_transformers_forward_with_a_cache_is_the_equation(tiny, options):
     """A prompt at once, then tokens one by one and several at a time, through a cache of transformers' making."""
@@ -69,7 +79,7 @@ def test_transformers_forward_with_a_cache_is_the_equation(tiny, options):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("options", [{}, {"window": 5}, {"layers": (1,)}], ids=["linear", "window", "hybrid"])
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
 @torch.no_grad()
 def test_a_padded_row_is_the_row_alone(tiny, options, side):
     model = tiny.build("llama")

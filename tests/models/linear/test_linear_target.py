@@ -21,6 +21,15 @@ KINDS = {
     "hybrid": {"layers": (1,)},
     "window": {"window": 4},
     "window hybrid": {"layers": (0,), "window": 3, "affine": True},
+    "old tokens": {
+        "conv_width": 0,
+        "gate_rank": 0,
+        "rope": True,
+        "window": 3,
+        "covers_window": False,
+        "scaled": False,
+        "eps": 0.0,
+    },
     "no conv, no gate": {"conv_width": 0, "gate_rank": 0},
     "no denominator": {"normalised": False},
 }
