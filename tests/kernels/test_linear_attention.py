@@ -71,9 +71,14 @@ def test_the_output_is_the_authors_with_a_column_of_ones():
 
 
 @pytest.mark.parametrize("T", [0, 1, 15, 16, 17, 64, 100])
-@pytest.mark.parametrize("decay", ["mild", "saturated"])
+@pytest.mark.parametrize("decay", ["mild", "mixed", "saturated"])
 def test_chunks_are_the_recurrence(T, decay):
     q, k, v, g = inputs(T=T, Hv=4, Hg=4)
+    if decay == "mixed":
+        # stretches of every kind: 64 tokens that are mild, 16 that are, and some that are not
+        g = g.clone()
+        g[:, 20:40] *= 4
+        g[:, 70:75] *= 60
     if decay == "saturated":
         # kept, forgotten at once, and small steps right after large ones
         steps = torch.tensor([-0.0, -1e-3, -30.0, -1e4, -torch.inf])

@@ -143,7 +143,7 @@ def _spec(
         window = choices.get("window", 0)
         # beside a window the softmax term keeps the denominator from nothing
         seen |= {"rope": True, "scaled": False, "covers_window": not window, "eps": 0.0 if window else 1e-12}
-    return LinearSpec(**seen | choices)
+    return LinearSpec(**{**seen, **choices})
 
 
 def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> LowRank | None:
