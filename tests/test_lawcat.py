@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from click.testing import CliRunner
 from linear_models import naive_logits, random_tensors
 
@@ -14,8 +15,10 @@ import accel
 from accel.artifacts import open_artifact, verify
 from accel.cli.main import main
 from accel.errors import AccelError, ArtifactError, IncompatibleError, OptionError
+from accel.methods.cartridge.cartridge import Cartridge
 from accel.methods.lawcat.artifact import Lawcat
 from accel.models.linear import LinearSpec, LowRank, is_linear, linear_layers
+from accel.models.row_cache import Segment
 
 NEW = 12
 KINDS = {
@@ -188,13 +191,30 @@ def test_an_artifact_is_read_as_it_was_written(tiny, tmp_path, kind, low_rank):
 
 
 def test_the_command_line_reads_one(tiny, tmp_path):
-    model = tiny.build("llama")
+    model = tiny.build("llama", vocab_size=257)
     model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
     lawcat(model).save(tmp_path / "converted")
-    arguments = ["generate", "-m", str(tmp_path / "base"), "-a", str(tmp_path / "converted"), "--raw", "--json", "x"]
-    said = CliRunner().invoke(main, arguments)
-    # a model without a tokenizer cannot read text, which is found out once it stands with its linear layers
-    assert said.exit_code != 0 and "without a tokenizer" in said.output
+    arguments = ["generate", "-m", str(tmp_path / "base"), "-a", str(tmp_path / "converted"), "--raw", "--json"]
+    said = CliRunner().invoke(main, [*arguments, "--max-new-tokens", "6", "some text"])
+    assert said.exit_code == 0, said.output
+    stats = json.loads(said.stdout)["stats"]
+    assert not stats["lossless"] and stats["state_bytes"] > 0
+    assert "linear attention of converted: not the softmax model's own distribution" in stats["notes"]
+    drafting = CliRunner().invoke(main, [*arguments, "-o", "lawcat=draft", "--max-new-tokens", "6", "some text"])
+    assert drafting.exit_code == 0 and json.loads(drafting.stdout)["stats"]["lossless"]
+
+
+def test_a_cartridge_beside_linear_layers_is_refused(tiny):
+    model = tiny.build("llama")
+    keys = tuple(torch.zeros(2, 3, 8) for _ in range(2))
+    cartridge = Cartridge.of("a-cartridge", Segment(keys, keys, 3), model, method="test")
+    made = lawcat(model)
+    with pytest.raises(IncompatibleError, match="a cartridge with the linear attention of a-lawcat"):
+        accel.attach(model, made, cartridge)
+    accel.attach(model, made)
+    with pytest.raises(IncompatibleError, match="a cartridge with the linear attention of a-lawcat"):
+        model.generate(torch.arange(5, 9)[None], max_new_tokens=2, cartridges=[cartridge])
 
 
 def test_what_does_not_fit_is_refused(tiny, tmp_path):
