@@ -151,6 +151,17 @@ def test_detach_gives_the_model_back_bit_for_bit(tiny, low_rank):
     assert snapshot() == before
 
 
+def test_a_copy_of_an_attached_model_is_attached_too(tiny):
+    model = tiny.build("llama")
+    accel.attach(model, lawcat(model), method="plain")
+    prompt = torch.arange(5, 14)[None]
+    expected = model.generate(prompt, max_new_tokens=NEW)
+    other = copy.deepcopy(model)
+    accel.detach(model)
+    assert torch.equal(other.generate(prompt, max_new_tokens=NEW), expected)
+    assert not is_linear(accel.detach(other)) and not is_linear(model)
+
+
 def test_lora_is_added_to_the_projections(tiny):
     """W + alpha / r · B A, so that a model with these weights and no LoRA says the same."""
     model = tiny.build("llama")

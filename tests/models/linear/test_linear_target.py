@@ -197,6 +197,15 @@ def test_a_long_draft_makes_the_buffers_grow_for_a_while(models):
     mirror.forward([ids(4, seed) for seed in (3, 4)], rows)
 
 
+def test_rows_that_are_no_neighbours_are_folded_together(models):
+    mirror = Mirror(models["linear"])
+    rows = [mirror.open() for _ in range(3)]
+    for round_ in range(2 * CAPACITY // 4):
+        for some in ([rows[2], rows[0]], rows[1:2]):
+            mirror.forward([ids(5, seed=3 * round_ + row) for row in some], some)
+            mirror.commit(some, [4] * len(some))
+
+
 def test_a_model_in_bf16_keeps_its_states_in_fp32(tiny):
     model = tiny.build("llama").bfloat16()
     convert(model)
