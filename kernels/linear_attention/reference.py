@@ -72,8 +72,8 @@ def chunked(
     while start < q.shape[1]:
         mild = next((C for C in MILD_CHUNKS if bool((log_decay[:, start : start + C].sum(1) >= MILD).all())), None)
         if mild is not None:
-            inputs = (x[:, start : start + mild].transpose(1, 2) for x in (q, k, v, log_decay))
-            numerator, denominator, (s, z) = _mild_chunk(*inputs, State(s, z), scale)
+            q_c, k_c, v_c, g = (x[:, start : start + mild].transpose(1, 2) for x in (q, k, v, log_decay))
+            numerator, denominator, (s, z) = _mild_chunk(q_c, k_c, v_c, g, State(s, z), scale)
             numerators.append(numerator)
             denominators.append(denominator)
             start += mild
