@@ -32,7 +32,9 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft (a causal one, or
     a masked-diffusion one with this model's tokenizer), or a ``Drafter``; and any number of cartridges (paths, ids,
     ``Cartridge`` objects), which stand in front of every prompt in the order given unless a call says
-    ``generate(…, cartridges=[…])``. ``method``: "speculative" (the default;
+    ``generate(…, cartridges=[…])``; or one LAWCAT conversion, which replaces softmax layers by linear ones until
+    ``detach`` (``lawcat="draft"``: in a draft that shares the model's weights, and the model stays as it is).
+    ``method``: "speculative" (the default;
     lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
     take no artifacts. ``options``: the method's own (listed by ``accel methods``), and
     for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run
@@ -41,8 +43,15 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in memory: those that no call reads are dropped
     and read again when needed.
     """
-    attached = Attached(model, artifacts, method, options)
+    before = model.__dict__.get(STATE)
+    # what is new must see the model itself, and not what the one before put into it
     detach(model)
+    try:
+        attached = Attached(model, artifacts, method, options)
+    except BaseException:
+        if before is not None:
+            before.install()
+        raise
     attached.install()
     return model
 

@@ -37,10 +37,18 @@ class Target(Protocol):
     def num_positions(self, row: int) -> int:
         """Position of the row's next token."""
 
-    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Sequence[int],
+        keep: Sequence[int] | None = None,
+        final: Sequence[int] | None = None,
+    ) -> Tensor:
         """[R, n] → logits [R, n, V]: n more tentative positions behind those that are tentative already.
 
-        ``keep`` asks for the logits of some of the n positions only.
+        ``keep`` asks for the logits of some of the n positions only. ``final`` promises that the next commit keeps
+        exactly final[r] of the n, as after a prompt whose rows are padded on the right: a recurrent state then needs
+        no way back.
         """
 
     def commit(self, keep: Sequence[int], rows: Sequence[int]) -> None:

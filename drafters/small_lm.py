@@ -148,16 +148,18 @@ class SmallLMDrafter:
         for index, draft in enumerate(drafts):
             padded[index, : lengths[index]] = torch.tensor(draft.row.unread)
         ends = sorted({length - 1 for length in lengths})
-        logits = self._forward(padded, drafts, keep=ends)
+        logits = self._forward(padded, drafts, keep=ends, final=lengths)
         self.reader.commit(lengths, [d.row.name for d in drafts])
         for draft in drafts:
             draft.row.unread = []
         return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
 
-    def _forward(self, tokens: Tensor, drafts: Sequence[Growing[_Row]], keep: list[int]) -> Tensor:
+    def _forward(
+        self, tokens: Tensor, drafts: Sequence[Growing[_Row]], keep: list[int], final: list[int] | None = None
+    ) -> Tensor:
         if self._t2d is not None:
             tokens = self._t2d[tokens]
-        return self.reader.forward(tokens, [d.row.name for d in drafts], keep)
+        return self.reader.forward(tokens, [d.row.name for d in drafts], keep, final)
 
     def _extend(self, draft: Growing[_Row], logits: Tensor) -> None:
         """Choose the row's next drafted token from the draft model's logits ``[V]`` (its own vocabulary)."""

@@ -24,6 +24,12 @@ print(accel.kernels.__name__, LlamaForCausalLM.__name__)
 """
 
 
+def sources_of(root: Path, folder: str) -> list[Path]:
+    """The package's Python files; the zoo's recipes are programs of their own and stay out of it."""
+    found = (root / folder).rglob("*.py")
+    return [path for path in found if (root / "accel" / "zoo" / "recipes") not in path.parents]
+
+
 def python(root: Path, code: str, *flags: str, path: Path | None = None) -> str:
     """Run ``code`` with the root as the working directory, ``path`` first on PYTHONPATH; its stdout."""
     environment = {k: v for k, v in os.environ.items() if k not in {"PYTHONSAFEPATH", "PYTHONPATH"}}
@@ -79,7 +85,7 @@ def test_wheel_holds_every_package_and_no_bare_folder(root: Path, wheel: zipfile
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"accel"}
     sources = {"accel": "accel", **MAPPED}
     for package, folder in sources.items():
-        for path in (root / folder).rglob("*.py"):
+        for path in sources_of(root, folder):
             inside = path.relative_to(root / folder)
             if any(parent.is_symlink() for parent in path.parents):
                 continue  # the links for type checkers
@@ -95,7 +101,7 @@ def test_every_folder_of_sources_is_a_package(root: Path) -> None:
     """setup.py finds packages by their __init__.py: a folder without one would silently stay behind."""
     for folder in ("accel", *MAPPED.values()):
         packages = {folder, *(f"{folder}.{name}" for name in find_packages(str(root / folder)))}
-        for path in (root / folder).rglob("*.py"):
+        for path in sources_of(root, folder):
             assert ".".join(path.parent.relative_to(root).parts) in packages, f"{path.parent} lacks an __init__.py"
 
 
@@ -106,7 +112,7 @@ def test_what_is_imported_is_declared(root: Path) -> None:
     declared = {distribution(line) for line in [*project["dependencies"], *extras]}
     imported = set()
     for folder in ("accel", *MAPPED.values()):
-        for path in (root / folder).rglob("*.py"):
+        for path in sources_of(root, folder):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Import):
                     imported |= {alias.name.split(".")[0] for alias in node.names}

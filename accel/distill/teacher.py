@@ -133,7 +133,7 @@ def _extend(
         padded[place, : lengths[place]] = torch.tensor(each)
     names = [row.name for row in rows]
     ends = sorted({length - 1 for length in lengths})
-    logits = target.forward(padded.to(target.device), names, ends)
+    logits = target.forward(padded.to(target.device), names, ends, lengths)
     target.commit(lengths, names)
     places = [ends.index(length - 1) for length in lengths]
     logits = logits[torch.arange(len(rows)), places].float()  # [R, V]

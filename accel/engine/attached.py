@@ -18,12 +18,13 @@ from accel.axes import Decoder
 from accel.drafters.base import Drafter
 from accel.engine.cartridges import Cartridges, Seat, notes
 from accel.engine.drafts import drafter_from
+from accel.engine.lawcats import claims, lawcat_for
 from accel.engine.transformers_call import Decoding, PreparedCall
 from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods import MethodInfo, get
 from accel.models import cpu_linear
 from accel.models.diffusion import CONFIG_KEY, Denoiser, facts_of
-from accel.models.softmax_target import SoftmaxTarget
+from accel.models.linear import target_for
 from accel.request_log import RequestLog
 from accel.types import Stats, options_from
 
@@ -41,6 +42,7 @@ SHARED_OPTIONS = (
     "log",
     "log_max_bytes",
     "cartridge_max_bytes",
+    "lawcat",
 )
 
 # arguments whose work our loop does not do
@@ -68,8 +70,18 @@ class Attached:
         shared = {name: options.pop(name) for name in SHARED_OPTIONS if name in options}
         self.seed: int | None = _checked_seed(shared.get("seed"))
         self.cpu_linear: str = shared.get("cpu_linear", "auto")
+        converting = {index: found for index, each in enumerate(artifacts) if (found := claims(each)) is not None}
+        artifacts = [each for index, each in enumerate(artifacts) if index not in converting]
         claimed = [Cartridges.claims(each) for each in artifacts]
         drafts = [each for each, cartridge in zip(artifacts, claimed, strict=True) if cartridge is None]
+        lawcat = lawcat_for(list(converting.values()), model, shared.get("tokenizer"), shared.get("lawcat"))
+        if lawcat is not None:
+            self._check_causal("linear attention")
+        as_draft = shared.get("lawcat") == "draft"
+        self.lawcat = None if as_draft else lawcat
+        self._conversion = None if self.lawcat is None else self.lawcat.conversion(model)
+        if lawcat is not None and as_draft:
+            drafts.append(lawcat.student(model))
         # somebody chose to speculate, so that a call which cannot is an error and not a fallback
         self.insists = bool(drafts) or method is not None or bool(options)
         cls = self.method.load_options()
@@ -84,6 +96,7 @@ class Attached:
         for cartridge in claimed:
             if cartridge is not None:
                 self._check_causal("a cartridge")
+                self._check_softmax("a cartridge")
                 self.cartridges.attach(cartridge)
         self.stats = Stats()
         self._said: set[str] = set()
@@ -95,7 +108,9 @@ class Attached:
         self._request_log = _request_log(model, shared)
 
     def install(self) -> None:
-        """Put our generate() and, on a CPU, our linear layers on the model (and on its draft)."""
+        """Put our generate(), a conversion's layers and, on a CPU, our linear layers on the model (and its draft)."""
+        if self._conversion is not None:
+            self._conversion.install()
         self._linears = [cpu_linear.install(self.model, self.cpu_linear)]
         reader = getattr(self.draft, "reader", None)
         if reader is not None:
@@ -108,6 +123,8 @@ class Attached:
         for installed in self._linears:
             installed.remove()
         self._linears = []
+        if self._conversion is not None:
+            self._conversion.remove()
         self.model.__dict__.pop(STATE, None)
         self.model.__dict__.pop(GENERATE, None)
 
@@ -158,8 +175,11 @@ class Attached:
         self.stats.cartridges = list(dict.fromkeys(each.name for seat in seats for each in seat.cartridges))
         if self.stats.cartridges:
             self._check_causal("a cartridge")
+            self._check_softmax("a cartridge")
         for note in notes(seats):
             self._say(note)
+        if self.lawcat is not None:
+            self._say(f"linear attention of {self.lawcat.name}: not the softmax model's own distribution")
         if reason is not None:
             self._leave_to_transformers(reason)
             return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
@@ -256,7 +276,8 @@ class Attached:
                 return get("plain").load()(target, get("plain").load_options()(), stats)  # type: ignore[misc]
             return method.load()(target, options, stats, self._speculator(options, draft))
 
-        return Decoding(SoftmaxTarget(self.model) if self.facts is None else self._read_both_ways(), make)
+        target = target_for(self.model) if self.facts is None else self._read_both_ways()
+        return Decoding(target, make, exact=self.lawcat is None)
 
     def _read_both_ways(self) -> Denoiser:
         """The model's denoiser, made once: whether a model can be read without causality is tried on it."""
@@ -282,6 +303,13 @@ class Attached:
             raise IncompatibleError(
                 f"{what} with {type(self.model).__name__}, a masked-diffusion model: it serves models that read from "
                 "left to right; leave it out"
+            )
+
+    def _check_softmax(self, what: str) -> None:
+        if self.lawcat is not None:
+            raise IncompatibleError(
+                f"{what} with the linear attention of {self.lawcat.name}: its keys are for softmax layers; leave "
+                "one of the two out"
             )
 
     def _decoding_method(self, decoding: Decoding, streamer: Any, seats: Sequence[Seat]) -> Any:

@@ -42,6 +42,8 @@ class Decoding:
     target: Any
     # (target, stats, rows must stay in step) → decoder
     decoder: Callable[[Any, Stats, bool], Decoder]
+    # whether the target has the model's own distribution, and not that of something distilled in its place
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,9 @@ class PreparedCall:
         requests = self._requests(prompts, max_new)
         decoder = decoding.decoder(decoding.target, stats, together)
         # a cartridge that is not the document itself only stands in for it
-        stats.lossless &= all(each.parameters.exact for seat in self.seats for each in seat.cartridges)
+        stats.lossless &= decoding.exact and all(
+            each.parameters.exact for seat in self.seats for each in seat.cartridges
+        )
         columns = Columns(self, len(prompts), pads_after_end=self._has_eos() or not together)
         pad = columns.pad if self._has_eos() else None
         engine = Engine(decoder, self._stopper(max_new, together), in_step=together, pad=pad)

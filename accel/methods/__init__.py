@@ -63,6 +63,13 @@ TABLE: dict[str, MethodInfo] = {
             None,
             "a small trained key-value cache in front of the prompt that stands in for a long document",
         ),
+        MethodInfo(
+            "lawcat",
+            "target",
+            "accel.methods.lawcat.artifact:Lawcat",
+            None,
+            "softmax layers replaced by gated linear attention with a state of one size, however long the context",
+        ),
     )
 }
 

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from accel.models.attention import row_attention
+from accel.models.linear import is_linear, target_for
 from accel.models.row_cache import MIN_TAIL_CAPACITY, LayerView
 from accel.models.softmax_target import SoftmaxTarget
 
@@ -35,12 +36,12 @@ MAX_PARAMETERS = 100_000_000
 
 def draft_reader(model: PreTrainedModel) -> SoftmaxTarget:
     """What a drafter reads ``model`` with: the lean pass where it is known to say the same."""
-    return LeanDecoder(model) if supports(model) else SoftmaxTarget(model)
+    return LeanDecoder(model) if supports(model) else target_for(model)
 
 
 def supports(model: PreTrainedModel) -> bool:
     """Whether the lean pass computes what this model computes: its own class on a CPU, with nobody's changes in it."""
-    if type(model) not in CLASSES or model.device.type != "cpu":
+    if type(model) not in CLASSES or model.device.type != "cpu" or is_linear(model):
         return False
     config = model.config
     return (
@@ -132,7 +133,13 @@ class LeanDecoder(SoftmaxTarget):
         self._rotation = torch.empty(2, 0, 1, self._head_size, dtype=torch.float32)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Sequence[int],
+        keep: Sequence[int] | None = None,
+        final: Sequence[int] | None = None,
+    ) -> Tensor:
         """Add n tentative tokens to rows: ``[R, n]`` → fp32 logits ``[R, n, V]``, or ``[R, len(keep), V]``."""
         for joined in self._joined:
             joined.refresh()

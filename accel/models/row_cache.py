@@ -142,6 +142,8 @@ class RowCache(Cache):
         self.rows: dict[int, Row] = {}
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
+        # layers that keep keys, in the order they came: a hybrid's others do not
+        self._places: dict[int, int] = {}
         self._free_slots: list[int] = []
         self._num_slots = 0
         self._next_row = 0
@@ -167,13 +169,17 @@ class RowCache(Cache):
             self._free_slots.append(self.rows.pop(name).slot)
         if not self.rows:
             self._keys, self._values, self._free_slots, self._num_slots = [], [], [], 0
+            self._places = {}
 
     def freeze(self, name: int) -> None:
-        """Turn a row's tail into an immutable segment (a copy) at the end of the row's own chain."""
+        """Turn a row's tail into an immutable segment (a copy) at the end of the row's own chain.
+
+        Without any keys, where no layer keeps some, the tail only counts tokens and stays.
+        """
         row = self.rows[name]
         assert row.num_tentative == 0, "only what is committed can be shared"
         end = row.tail_length
-        if end == 0:
+        if end == 0 or not self._keys:
             return
         segment = Segment(
             tuple(k[row.slot, :, :end].clone() for k in self._keys),
@@ -217,6 +223,7 @@ class RowCache(Cache):
         """Store a layer's new keys and values ``[R, Hkv, n, D]`` and hand its attention all it may read."""
         step = self._step
         assert step is not None, "begin() announces every forward pass"
+        layer_idx = self._places.setdefault(layer_idx, len(self._places))
         if layer_idx == len(self._keys):
             self._keys.append(self._empty(key_states, step.end))
             self._values.append(self._empty(value_states, step.end))

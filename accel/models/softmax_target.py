@@ -36,6 +36,8 @@ class SoftmaxTarget:
     and the two-dimensional mask that transformers' own batched generation would give it.
     """
 
+    cache: RowCache
+
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config.get_text_config(decoder=True)
         if model.config.is_encoder_decoder:
@@ -91,13 +93,22 @@ class SoftmaxTarget:
         return self.cache.nbytes()
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Sequence[int],
+        keep: Sequence[int] | None = None,
+        final: Sequence[int] | None = None,
+    ) -> Tensor:
         """Add n tentative tokens to rows: ``[R, n]`` → logits ``[R, n, V]``; commit() decides how many stay.
 
         ``keep`` names the positions (of 0 … n-1) whose logits are wanted, ``[R, len(keep), V]``; all by default.
+        ``final`` is of no use here: every prefix of a key-value cache can be kept.
         """
+        return self._forward(tokens, rows, keep, self.cache.begin(rows, tokens.shape[1]))
+
+    def _forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None, step: Step) -> Tensor:
         n = tokens.shape[1]
-        step = self.cache.begin(rows, n)
         inputs: dict[str, object] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
         if self._takes_positions:
             inputs["position_ids"] = self._positions(step)

@@ -25,6 +25,7 @@ __all__ = [
     "linear_attention_terms",
     "new_replay",
     "replay_step",
+    "replay_terms",
 ]
 
 
@@ -160,6 +161,43 @@ def replay_step(
     The tokens' inputs are written behind the buffered ones, and the state is only read. Only a row whose buffer has
     no room for n more is folded into its state first (``fold``). Tokens not kept are overwritten by the next step.
     """
+    _check_replay(q, k, v, log_decay, state, replay, min_log_decay)
+    if runs_triton(q):
+        from accel.kernels.linear_attention import triton
+
+        return triton.replay_step(q, k, v, log_decay, state, replay, scale=scale, eps=eps, min_log_decay=min_log_decay)
+    return reference.replay_step(q, k, v, log_decay, state, replay, scale=scale, eps=eps, min_log_decay=min_log_decay)
+
+
+def replay_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: State,
+    replay: Replay,
+    *,
+    scale: float | None = None,
+    min_log_decay: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``replay_step`` with the two sides of its fraction apart, for hybrids that add a softmax window to both.
+
+    → numerator [B, n, H, V] of q's dtype, denominator fp32 [B, n, H] (both scaled, no eps)
+    """
+    _check_replay(q, k, v, log_decay, state, replay, min_log_decay)
+    if runs_triton(q):
+        from accel.kernels.linear_attention import triton
+
+        return triton.replay_terms(q, k, v, log_decay, state, replay, scale=scale, min_log_decay=min_log_decay)
+    numerator, denominator = reference.replay_terms(
+        q, k, v, log_decay, state, replay, scale=scale, min_log_decay=min_log_decay
+    )
+    return numerator.to(q.dtype), denominator
+
+
+def _check_replay(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: State, replay: Replay, min_log_decay: float | None
+) -> None:
     _check(q, k, v, log_decay, 4)
     _check_state(state, "state", (len(q), q.shape[2], q.shape[3], v.shape[3]), q.device)
     _check_floor(min_log_decay)
@@ -171,11 +209,6 @@ def replay_step(
                 f"{name} is {list(new.shape)}, the replay buffer's {list(buffered.shape)}: "
                 "they may differ in the second place only; make the buffer with new_replay"
             )
-    if runs_triton(q):
-        from accel.kernels.linear_attention import triton
-
-        return triton.replay_step(q, k, v, log_decay, state, replay, scale=scale, eps=eps, min_log_decay=min_log_decay)
-    return reference.replay_step(q, k, v, log_decay, state, replay, scale=scale, eps=eps, min_log_decay=min_log_decay)
 
 
 def keep(replay: Replay, counts: Tensor) -> None:

@@ -1,7 +1,8 @@
 """Normalised gated linear attention in plain PyTorch: the recurrence, its chunked form, the step and the replay.
 
 ``recurrent`` is the equation (README.md), one token at a time. ``chunked`` computes the same sixteen tokens at a time
-and is what runs on a CPU. Both take [B, T, heads, …] without packing; the functions below them add the rest.
+or, where nothing is forgotten fast, up to sixty-four, and is what runs on a CPU. Both take [B, T, heads, …] without
+packing; the functions below them add the rest.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 CHUNK = 16
+# Chunks that forget at most e^MILD are two products, the longest of these that does so: a decay between two tokens is
+# then a quotient, and a sum of 16 rounded to 2^-24 costs 1e-6 of its exponential.
+MILD_CHUNKS, MILD = (64, 16), -16.0
 
 
 class State(NamedTuple):
@@ -64,8 +68,18 @@ def chunked(
     """
     s, z = state
     numerators, denominators = [v[:, :0]], [v[:, :0, :, 0]]
-    for start in range(0, q.shape[1], CHUNK):
+    start = 0
+    while start < q.shape[1]:
+        mild = next((C for C in MILD_CHUNKS if bool((log_decay[:, start : start + C].sum(1) >= MILD).all())), None)
+        if mild is not None:
+            q_c, k_c, v_c, g = (x[:, start : start + mild].transpose(1, 2) for x in (q, k, v, log_decay))
+            numerator, denominator, (s, z) = _mild_chunk(q_c, k_c, v_c, g, State(s, z), scale)
+            numerators.append(numerator)
+            denominators.append(denominator)
+            start += mild
+            continue
         q_c, k_c, v_c, g = (x[:, start : start + CHUNK].transpose(1, 2) for x in (q, k, v, log_decay))
+        start += CHUNK
         C = q_c.shape[2]
         # between[i, j] = Σ_{j < u ≤ i} g_u
         later = torch.ones(C, C, dtype=torch.bool, device=q.device).tril(-1)[..., None]
@@ -80,6 +94,20 @@ def chunked(
         s = whole[..., None] * s + left.transpose(-1, -2) @ v_c
         z = whole * z + left.sum(-2)
     return torch.cat(numerators, 1), torch.cat(denominators, 1), State(s, z)
+
+
+def _mild_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: State, scale: float) -> tuple[Tensor, Tensor, State]:
+    """A chunk [B, H, C, …] as two products: e^{G_i − G_j} = e^{G_i} / e^{G_j}, with G the running sums of g."""
+    sums = g.cumsum(-2)
+    grown = k * (-sums).exp()
+    seen = scale * q * sums.exp()
+    pairs = (seen @ grown.transpose(-1, -2)).tril()
+    numerator = seen @ state.s + pairs @ v
+    denominator = (seen @ state.z[..., None])[..., 0] + pairs.sum(-1)
+    whole = sums[..., -1, :].exp()
+    s = whole[..., None] * (state.s + grown.transpose(-1, -2) @ v)
+    z = whole * (state.z + grown.sum(-2))
+    return numerator.transpose(1, 2), denominator.transpose(1, 2), State(s, z)
 
 
 def linear_attention_terms(
@@ -174,6 +202,22 @@ def replay_step(
     min_log_decay: float | None = None,
 ) -> Tensor:
     """See ``accel.kernels.linear_attention``."""
+    numerator, denominator = replay_terms(q, k, v, log_decay, state, replay, scale=scale, min_log_decay=min_log_decay)
+    return (numerator / (denominator + eps)[..., None]).to(q.dtype)
+
+
+def replay_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: State,
+    replay: Replay,
+    *,
+    scale: float | None = None,
+    min_log_decay: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """See ``accel.kernels.linear_attention``; here the numerator is fp32."""
     B, n = q.shape[:2]
     fold(state, replay, room=n)
     if min_log_decay is not None:
@@ -183,17 +227,20 @@ def replay_step(
     for buffered, new in ((replay.k, k), (replay.v, v), (replay.log_decay, log_decay)):
         buffered[row, place] = new.to(buffered.dtype)
     # every row from its buffer's start: what lies beyond a row's own inputs comes later and is not looked at
-    late = q.new_zeros(B, replay.capacity, *q.shape[2:])
+    used = int(replay.length.max()) + n if B else n
+    late = q.new_zeros(B, used, *q.shape[2:])
     late[row, place] = q
-    inputs = _without(replay, replay.length + n)
-    out, _ = linear_attention(late, *inputs, scale=scale, eps=eps, initial_state=state)
-    return out[row, place]
+    inputs = (x[:, :used] for x in _without(replay, replay.length + n))
+    numerator, denominator, _ = linear_attention_terms(late, *inputs, scale=scale, initial_state=state)
+    return numerator[row, place], denominator[row, place]
 
 
 def fold(state: State, replay: Replay, *, room: int | None = None) -> None:
     """See ``accel.kernels.linear_attention``."""
     room = replay.capacity if room is None else room
     full = replay.length > replay.capacity - room
+    if not full.any():
+        return
     inputs = _without(replay, replay.length * full)
     _, _, after = linear_attention_terms(
         inputs[0].new_zeros(*inputs[0].shape[:2], state.z.shape[1], state.z.shape[2]), *inputs, initial_state=state

@@ -551,11 +551,45 @@ def replay_step(
     min_log_decay: float | None = None,
 ) -> Tensor:
     """``accel.kernels.linear_attention.replay_step`` on a GPU: three launches, no value is brought to the host."""
+    return _replay(q, k, v, log_decay, state, replay, scale, eps, min_log_decay, normalize=True)[0]
+
+
+def replay_terms(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: State,
+    replay: Replay,
+    *,
+    scale: float | None = None,
+    min_log_decay: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``accel.kernels.linear_attention.replay_terms`` on a GPU."""
+    return _replay(q, k, v, log_decay, state, replay, scale, 0.0, min_log_decay, normalize=False)
+
+
+def _replay(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: State,
+    replay: Replay,
+    scale: float | None,
+    eps: float,
+    min_log_decay: float | None,
+    *,
+    normalize: bool,
+) -> tuple[Tensor, Tensor]:
+    """Outputs (numerators where not normalised) and denominators (only where not normalised)."""
     (B, n, H, K), V = q.shape, v.shape[-1]
     q, k, v, g = (_with_rows(x) for x in (q, k, v, log_decay.float()))
     out = q.new_empty(B, n, H, V)
+    # a pointer that a flag keeps from being written points at something all the same
+    den = state.z if normalize else torch.empty(B, n, H, dtype=torch.float32, device=q.device)
     if not out.numel():
-        return out
+        return out, den
     floor = -float("inf") if min_log_decay is None else min_log_decay
     slabs, kind = _slabs(K), KINDS[q.dtype]
     bounded = _is_bounded(min_log_decay, slabs, kind)
@@ -568,12 +602,12 @@ def replay_step(
             n, replay.capacity, k.shape[2], v.shape[2], g.shape[2], K, V, floor, b_D=COPIED, num_warps=4,
         )  # fmt: skip
         _outputs[(H * triton.cdiv(V, tiles.b_V), 1, B)](
-            q, *buffers, out, state.z, *state, *state, replay.length,
-            *_strides(q, False), *(stride for x in buffers for stride in _strides(x, False)), n * H * V, 0,
+            q, *buffers, out, den, *state, *state, replay.length,
+            *_strides(q, False), *(stride for x in buffers for stride in _strides(x, False)), n * H * V, n * H,
             n, replay.capacity, B, H, *_groups(H, *buffers), K, V, K**-0.5 if scale is None else scale, eps, floor,
-            REPLAY, 1, 0, 1, BOUNDED=bounded, SLABS=slabs, **tiles._asdict(),
+            REPLAY, 1, 0, int(normalize), BOUNDED=bounded, SLABS=slabs, **tiles._asdict(),
         )  # fmt: skip
-    return out
+    return out, den
 
 
 def fold(state: State, replay: Replay, *, room: int | None = None) -> None:

@@ -59,7 +59,7 @@ def test_a_transformers_folder_is_a_draft(tiny, tmp_path, target):
     [
         ({"lose": ["model.norm.weight"]}, r"missing \['model.norm.weight'\]"),
         ({"extra": ["surplus"]}, r"unknown \['surplus'\]"),
-        ({"kind": "lawcat"}, "takes kind 'draft'"),
+        ({"kind": "demos"}, "takes kind 'draft'"),
     ],
 )
 def test_a_draft_artifact_that_does_not_fit_is_refused(tiny, tmp_path, target, change, says):

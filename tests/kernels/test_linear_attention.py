@@ -16,6 +16,7 @@ from accel.kernels.linear_attention import (
     new_replay,
     reference,
     replay_step,
+    replay_terms,
 )
 
 
@@ -70,9 +71,14 @@ def test_the_output_is_the_authors_with_a_column_of_ones():
 
 
 @pytest.mark.parametrize("T", [0, 1, 15, 16, 17, 64, 100])
-@pytest.mark.parametrize("decay", ["mild", "saturated"])
+@pytest.mark.parametrize("decay", ["mild", "mixed", "saturated"])
 def test_chunks_are_the_recurrence(T, decay):
     q, k, v, g = inputs(T=T, Hv=4, Hg=4)
+    if decay == "mixed":
+        # stretches of every kind: 64 tokens that are mild, 16 that are, and some that are not
+        g = g.clone()
+        g[:, 20:40] *= 4
+        g[:, 70:75] *= 60
     if decay == "saturated":
         # kept, forgotten at once, and small steps right after large ones
         steps = torch.tensor([-0.0, -1e-3, -30.0, -1e4, -torch.inf])
@@ -164,6 +170,19 @@ def test_a_replay_after_rejected_tokens_is_the_kept_ones_from_the_start(kept):
             assert_close(second[b : b + 1], expected[:, n:])
             assert_close(state.s[b : b + 1], end.s)
             assert_close(state.z[b : b + 1], end.z)
+
+
+def test_replay_terms_are_the_two_sides_of_a_replay_step():
+    drafts, more = inputs(T=4), inputs(T=3, seed=1)
+    state, replay = some_state(), new_replay(*drafts[1:], 16)
+    replay_terms(*drafts, state, replay)
+    keep(replay, torch.tensor([4, 4]))
+    text = [torch.cat(pair, 1) for pair in zip(drafts, more, strict=True)]
+    wanted, below, _ = linear_attention_terms(*text, initial_state=some_state())
+    numerator, denominator = replay_terms(*more, state, replay)
+    assert_close(numerator, wanted[:, 4:])
+    assert_close(denominator, below[:, 4:])
+    assert_close(replay_step(*more, state, replay, eps=0.5), numerator / (denominator + 0.5)[..., None])
 
 
 def test_a_replay_step_reads_the_state_and_leaves_it():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE, assert_close, random
 
-from accel.kernels.linear_attention import State, keep, new_replay, reference
+from accel.kernels.linear_attention import Replay, State, keep, new_replay, reference
 from accel.kernels.linear_attention import triton as kernels
 
 pytestmark = pytest.mark.kernel
@@ -67,6 +67,13 @@ def check_replay(module, capacity=8, counts=((4, 0), (1, 3)), n=4, K=64, V=32, *
         for buffer in (replay.k, replay.v, replay.log_decay):
             buffer.fill_(torch.nan)
     for i, given in enumerate(rounds):
+        copies = [Replay(r.k.clone(), r.v.clone(), r.log_decay.clone(), r.length.clone()) for r in replays]
+        clones = [State(state.s.clone(), state.z.clone()) for state in states]
+        terms = {name: value for name, value in options.items() if name != "eps"}
+        numerator, denominator = module.replay_terms(*given, clones[0], copies[0], **terms)
+        wanted, below = reference.replay_terms(*given, clones[1], copies[1], **terms)
+        assert_close(numerator, wanted, what="numerator")
+        assert_close(denominator, below, what="denominator")
         got = module.replay_step(*given, states[0], replays[0], **options)
         expected = reference.replay_step(*given, states[1], replays[1], **options)
         assert_close(got, expected, what="output")

@@ -58,7 +58,13 @@ class ScriptedTarget:
     def num_positions(self, row: int) -> int:
         return len(self.kept[row]) + len(self.tentative[row])
 
-    def forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        rows: Sequence[int],
+        keep: Sequence[int] | None = None,
+        final: Sequence[int] | None = None,
+    ) -> Tensor:
         self.forwards.append(dict(zip(rows, tokens.tolist(), strict=True)))
         out = torch.zeros(len(rows), tokens.shape[1], VOCAB)
         for index, row in enumerate(rows):

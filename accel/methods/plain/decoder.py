@@ -130,7 +130,7 @@ class RowDecoder:
         lengths = [len(p) for p in prompts]
         tokens = torch.nn.utils.rnn.pad_sequence(list(prompts), batch_first=True)  # [R, longest]
         ends = sorted({length - 1 for length in lengths})
-        logits = self.target.forward(tokens, rows, keep=ends)  # [R, len(ends), V]
+        logits = self.target.forward(tokens, rows, keep=ends, final=lengths)  # [R, len(ends), V]
         self.target.commit(lengths, rows)
         return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
 
@@ -152,7 +152,7 @@ class PlainDecoder(RowDecoder):
         rows = list(self.live.values())
         names = [live.row for live in rows]
         tokens = torch.tensor([[live.pending] for live in rows], device=self.target.device)
-        logits = self.target.forward(tokens, names, keep=[0])[:, 0]
+        logits = self.target.forward(tokens, names, keep=[0], final=[1] * len(rows))[:, 0]
         self.target.commit([1] * len(rows), names)
         emissions = self.emit_one_each(rows, logits)
         self.stats.target_calls += 1

@@ -1,0 +1,43 @@
+"""From what a user hands over to a LAWCAT conversion for a model, and to what it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from accel.artifacts import Artifact, open_artifact, resolve
+from accel.errors import IncompatibleError, OptionError
+from accel.methods.lawcat.artifact import KIND, Lawcat
+
+ROLES = ("target", "draft")
+
+
+def claims(given: object) -> Lawcat | Artifact | None:
+    """``given`` as a conversion or the artifact of one; None where it is something else."""
+    if isinstance(given, Lawcat):
+        return given
+    if isinstance(given, str | Path) and not (Path(given) / "config.json").exists():
+        given = open_artifact(resolve(given))
+    return given if isinstance(given, Artifact) and given.kind == KIND else None
+
+
+def lawcat_for(
+    found: Sequence[Lawcat | Artifact], model: PreTrainedModel, tokenizer: Any, role: object
+) -> Lawcat | None:
+    """The conversion among what was handed over, read for ``model``; ``role``: what the user wants of it."""
+    if role is not None and role not in ROLES:
+        raise OptionError(f"lawcat={role!r}: choose one of {', '.join(map(repr, ROLES))}")
+    if not found:
+        if role is not None:
+            raise OptionError(f"lawcat={role!r} without a lawcat artifact: name one, or leave the option out")
+        return None
+    if len(found) > 1:
+        raise IncompatibleError(f"{len(found)} lawcat artifacts given: a model's layers are converted once; give one")
+    given = found[0]
+    if isinstance(given, Artifact):
+        return Lawcat.load(given, model, tokenizer)
+    # made for a live model: the same checks as for a file
+    return Lawcat.of(given.name, given.spec, given.tensors, model, low_rank=given.low_rank)
