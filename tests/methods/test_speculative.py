@@ -319,6 +319,15 @@ def test_in_a_cascade_cost_and_acceptance_are_learned_of_each_part(monkeypatch) 
     assert len(timed) == sources.count("paid") and set(timed[:-1]) == {2}  # the last draft ends with the row
 
 
+def test_rows_that_draft_side_by_side_share_the_time_of_a_round(monkeypatch) -> None:
+    timed = []
+    monkeypatch.setattr(Costs, "observe_draft", lambda self, tokens, seconds: timed.append(tokens))
+    setup = Setup(ScriptedDrafter(right_for(2, 2), "paid", free=False))
+    setup.run(request(0, new=24), request(1, (9,), new=24))
+    # two rows of two tokens each are two steps of drafting, not four
+    assert set(timed[:-1]) == {2}
+
+
 def test_acceptance_of_one_source_says_nothing_of_another() -> None:
     length = AdaptiveLength(8, Costs())
     length.open(0)

@@ -257,7 +257,8 @@ class SpeculativeDecoder(RowDecoder):
         self.costs.observe_verify(rows * n, verifying)
         # in a cascade, what a free guess took says nothing of the tokens that cost something
         paid = [guess for guess in guesses if not (self.is_mixed and self._is_free(guess.proposed))]
-        num_drafted: float = sum(len(guess.proposed.tokens) for guess in paid)
+        # rows draft side by side: the round takes as many steps as its longest draft has tokens
+        num_drafted: float = max((len(guess.proposed.tokens) for guess in paid), default=0)
         if num_drafted and self.costs.at_once:
             # one price for the block: a token's share of it goes by how many of them were worth verifying, a row
             lengths = [guess.length for guess in paid if guess.proposed.tokens]

@@ -47,6 +47,14 @@ def test_diffusion_hides_each_position_with_its_time():
         assert all(each.weight == 1 / time and each.tokens == 32 for each in found)
 
 
+def test_maskgit_hides_as_much_and_counts_every_hidden_token_alike():
+    for time in (0.1, 0.5, 1.0):
+        key = masks.generator(2, 3, 0), masks.generator(2, 3, 0)
+        found, weighted = masks.maskgit(32, time, key[0]), masks.diffusion(32, time, key[1])
+        assert found.hidden.equal(weighted.hidden) and found.learned.equal(found.hidden)
+        assert (found.weight, found.tokens) == (1.0, int(found.hidden.sum()))
+
+
 def test_times_are_uniform_and_spread():
     found = torch.tensor([masks.times(4, 0.01, 5, step) for step in range(400)])
     assert found.min() >= 0.01 and found.max() < 1
