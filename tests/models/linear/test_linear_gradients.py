@@ -6,6 +6,7 @@ import pytest
 import torch
 from linear_models import convert, error, naive
 
+from accel.kernels import conv_features, linear_attention
 from accel.models.linear import linear_layers, own_parameters
 
 SPECS = {
@@ -49,3 +50,18 @@ def test_gradients_are_the_equations(tiny, spec, family):
     exact = torch.autograd.grad((naive(layer, hidden) * direction).sum(), inputs)
     wrong = {name: error(a, b) for name, a, b in zip(["hidden", *weights], ours, exact, strict=True)}
     assert max(wrong.values()) < BAR, wrong
+
+
+@pytest.mark.parametrize("spec", [{}, {"window": 5}], ids=["fraction", "terms"])
+def test_where_a_kernel_has_no_gradient_the_reference_runs(tiny, spec, monkeypatch):
+    model = tiny.build("llama")
+    convert(model, **spec)
+    layer = linear_layers(model)[0]
+    for kernel in (conv_features, linear_attention):
+        monkeypatch.setattr(kernel, "runs_triton", lambda x: True)
+    positions = model.model.rotary_emb(torch.ones(1, 5, 32), torch.arange(5)[None])
+    for weight in (layer.q_map, layer.gate_bias):
+        weight.requires_grad_(True)
+        (found,) = torch.autograd.grad(layer(torch.ones(1, 5, 32), positions)[0].sum(), [weight])
+        assert found.abs().sum() > 0
+        weight.requires_grad_(False)

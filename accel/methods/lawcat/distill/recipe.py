@@ -186,6 +186,8 @@ def prepare(model: PreTrainedModel, documents: Documents, recipe: Recipe) -> Pre
         raise OptionError(
             f"keep_softmax={recipe.keep_softmax} of {len(spec.layers)} layers leaves none to convert: keep fewer"
         )
+    if model.dtype == torch.float16:
+        raise OptionError("dtype=float16: small gradients become nothing in it; use bfloat16 or float32")
     limit = SoftmaxTarget(model).max_positions
     if limit is not None and recipe.length > limit:
         raise OptionError(f"length={recipe.length}: the model has {limit} positions; train on shorter rows")

@@ -1,7 +1,9 @@
 """Documents as rows of one length: files to token ids, which of them are held out, and packing.
 
 Knows texts and tokenizers. Does not know models. Documents stand one behind the other in a row, each with the end
-token behind it where there is one, and a row may begin in the middle of one: teacher and student read the same.
+token behind it where there is one; a longer one is several. A row begins where a document does, so that what an answer
+needs stands in front of it. Where the next one does not fit, its beginning fills the row, and the next row begins with
+it again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,7 @@ from accel.errors import OptionError
 
 @dataclass(frozen=True)
 class Documents:
-    """Token ids of documents, and a digest of each that decides on which side it is."""
+    """Token ids of documents, none longer than a row, and a digest of each that decides on which side it is."""
 
     ids: list[list[int]]
     digests: list[str]
@@ -63,20 +66,18 @@ class Batches:
 
 
 def documents(prompts: Sequence[Path], corpora: Sequence[Path], tokenizer: Any, length: int) -> Documents:
-    """Of JSON lines (each line with its answer) and of text files, whose stretches of ``length`` tokens are documents
-    of their own, so that some of a single file can be held out."""
+    """Of JSON lines (each line with its answer) and of text files; stretches of ``length`` tokens are documents, so
+    that some of a single file can be held out."""
     if not prompts and not corpora:
         raise OptionError("nothing to learn from: give --prompts (JSON lines) or --corpus (text files), or both")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids: list[list[int]] = []
+    whole: list[list[int]] = []
     if prompts:
         found = encode(read(prompts), tokenizer, longest=sys.maxsize)
-        for asked, answer in zip(found.prompts, found.answers, strict=True):
-            ids.append([*asked, *(answer or []), *end])
-    for path in corpora:
-        whole = [*tokenizer(_text(path))["input_ids"], *end]
-        ids += [whole[start : start + length] for start in range(0, len(whole), length)]
-    return Documents(ids, [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in ids])
+        whole += [[*asked, *(answer or [])] for asked, answer in zip(found.prompts, found.answers, strict=True)]
+    whole += [tokenizer(_text(path))["input_ids"] for path in corpora]
+    cut = [[*each, *end][at : at + length] for each in whole for at in range(0, len(each) + len(end), length)]
+    return Documents(cut, [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in cut])
 
 
 def _text(path: Path) -> str:
@@ -93,17 +94,24 @@ def rows(given: Documents, length: int, share: float, most: int, seed: int) -> R
     """Documents in random order as rows; about ``share`` of them, at most ``most``, are held out."""
     kept, held = split(given.digests, share, most)
     order = random.Random(seed).sample(kept, len(kept))
-    learned = [each for each in _packed(given.take(order), length) if len(each) == length]
-    if not learned:
-        total = sum(map(len, given.take(kept)))
+    texts, unseen = given.take(order), given.take(held)
+    if (total := sum(map(len, texts))) < length:
         raise OptionError(
             f"length={length}: {total} tokens to learn from make no row of it; give more, or shorter rows"
         )
     # one token alone foretells nothing
-    return Rows(torch.stack(learned), [each for each in _packed(given.take(held), length) if len(each) > 1])
+    short = [torch.tensor(row) for row in _packed(unseen, length) if len(row) > 1]
+    return Rows(torch.tensor(list(_packed(texts, length, fill=True))), short)
 
 
-def _packed(texts: Sequence[Sequence[int]], length: int) -> Iterator[Tensor]:
-    """Rows of ``length``, and what is left over at the end."""
-    stream = torch.tensor([token for text in texts for token in text])
-    yield from stream.split(length)
+def _packed(texts: Sequence[list[int]], length: int, *, fill: bool = False) -> Iterator[list[int]]:
+    """Whole texts side by side, at most ``length`` tokens; or exactly as many, what follows filling up."""
+    row: list[int] = []
+    for text in texts:
+        if len(row) + len(text) > length:
+            yield row + text[: length - len(row)] if fill else row
+            row = []
+        row = row + text
+    if row:
+        # behind the last one the first ones follow
+        yield list(islice(chain(row, *texts), length)) if fill else row
