@@ -192,7 +192,7 @@ def _report(measured: dict[str, Any]) -> str:
             f"{found['before']:.3f} → {found['after']:.3f}",
             *([f"{rises[layer]:+.4f}", "softmax" if int(layer) in kept else "linear"] if rises else []),
         ]
-        for layer, found in measured["transfer"].items()
+        for layer, found in sorted(measured["transfer"].items(), key=lambda item: int(item[0]))
     ]
     header = ["layer", "error of stage 1", *(["rise alone", "becomes"] if rises else [])]
     return "\n".join(

@@ -75,7 +75,8 @@ def documents(prompts: Sequence[Path], corpora: Sequence[Path], tokenizer: Any, 
     if prompts:
         found = encode(read(prompts), tokenizer, longest=sys.maxsize)
         whole += [[*asked, *(answer or [])] for asked, answer in zip(found.prompts, found.answers, strict=True)]
-    whole += [tokenizer(_text(path))["input_ids"] for path in corpora]
+    # a whole book is longer than any model's context, and is not read in one piece
+    whole += [tokenizer(_text(path), verbose=False)["input_ids"] for path in corpora]
     cut = [[*each, *end][at : at + length] for each in whole for at in range(0, len(each) + len(end), length)]
     return Documents(cut, [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in cut])
 
