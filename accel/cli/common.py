@@ -71,6 +71,14 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def parse_layers(text: str) -> tuple[int, ...]:
+    """``0,29`` → ``(0, 29)``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise OptionError(f"layers={text!r}: give the model's layers by number, as in 0,29")
+    return tuple(int(part) for part in parts)
+
+
 def _read_options(_context: click.Context, _parameter: click.Parameter, pairs: tuple[str, ...]) -> dict[str, Any]:
     try:
         return parse_options(pairs)

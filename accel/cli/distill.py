@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accel.cli import distill_masked
-from accel.cli.common import DEFAULT_MODEL, Progress, emit, parse_bytes, run_options
+from accel.cli import distill_lawcat, distill_masked
+from accel.cli.common import DEFAULT_MODEL, Progress, emit, parse_bytes, parse_layers, run_options
 from accel.errors import OptionError
 
 if TYPE_CHECKING:
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
 
 # widths to compare with the one that was asked for
 _WIDTHS = (192, 320, 576)
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """``0,29`` → ``(0, 29)``."""
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() for part in parts):
-        raise OptionError(f"layers={text!r}: give the target's layers by number, as in 0,29")
-    return tuple(int(part) for part in parts)
 
 
 @click.group("distill")
@@ -370,5 +362,5 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-for _command in (distill_masked.a2d, distill_masked.dparallel, distill_masked.calibrate):
+for _command in (distill_lawcat.lawcat, distill_masked.a2d, distill_masked.dparallel, distill_masked.calibrate):
     distill.add_command(_command)

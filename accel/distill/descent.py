@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -67,22 +68,41 @@ class Descent:
 def update(
     optimizer: torch.optim.Optimizer,
     weights: Iterable[nn.Parameter],
-    loss: Tensor,
+    loss: Tensor | Iterable[Tensor],
     how: Descending,
     rate: float,
     step: int,
 ) -> Row:
     """One step down ``loss`` at learning rate ``rate``: loss, learning_rate, norm (the gradient's, before clipping).
 
-    ModelError where the loss is not finite.
+    ``loss`` may come as its summands: one's graph is gone before the next is asked for. ModelError where the loss is
+    not finite.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    value = 0.0
+    for part in (loss,) if isinstance(loss, Tensor) else loss:
+        value += float(part.detach())
+        if not math.isfinite(value):
+            raise ModelError(f"step {step}: the loss is {value}; lower the learning rate (it is {how.learning_rate})")
+        part.backward()
     norm = torch.nn.utils.clip_grad_norm_(list(weights), how.clip)
     optimizer.step()
     return {"loss": value, "learning_rate": rate, "norm": float(norm)}
+
+
+@contextmanager
+def alone(weights: Iterable[nn.Parameter], model: nn.Module) -> Iterator[None]:
+    """Gradients for ``weights`` and for nothing else that ``model`` has; afterwards what wanted them before does."""
+    learned = list(weights)
+    before = [(each, each.requires_grad) for each in (*model.parameters(), *learned)]
+    try:
+        for weight, _ in before:
+            weight.requires_grad_(False)
+        for weight in learned:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight, wanted in before:
+            weight.requires_grad_(wanted)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from accel.kernels.conv_features import reference
 from accel.kernels.conv_features.reference import FLOOR, ConvState, Features
-from accel.kernels.device import runs_triton
+from accel.kernels.device import runs_triton, wants_gradient
 
 __all__ = ["ACTIVATIONS", "FLOOR", "ConvState", "Features", "conv_features", "conv_features_step"]
 
@@ -72,7 +72,7 @@ def conv_features(
         "gate_normalizer": gate_normalizer, "min_log_decay": min_log_decay, "mask": mask, "cu_seqlens": cu_seqlens,
         "state": state,
     }  # fmt: skip
-    if runs_triton(q):
+    if runs_triton(q) and not wants_gradient(q, k, gate, q_map, k_map, q_taps, k_taps):
         from accel.kernels.conv_features import triton
 
         return triton.conv_features(q, k, gate, **options)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accel.kernels.device import runs_triton
+from accel.kernels.device import runs_triton, wants_gradient
 from accel.kernels.linear_attention import reference
 from accel.kernels.linear_attention.reference import Replay, State
 
@@ -60,7 +60,7 @@ def linear_attention(
         "cu_seqlens": cu_seqlens,
         "min_log_decay": min_log_decay,
     }
-    if runs_triton(q):
+    if runs_triton(q) and not wants_gradient(q, k, v, log_decay):
         from accel.kernels.linear_attention import triton
 
         return triton.linear_attention(q, k, v, log_decay, eps=eps, **options)
@@ -91,7 +91,7 @@ def linear_attention_terms(
         "cu_seqlens": cu_seqlens,
         "min_log_decay": min_log_decay,
     }
-    if runs_triton(q):
+    if runs_triton(q) and not wants_gradient(q, k, v, log_decay):
         from accel.kernels.linear_attention import triton
 
         return triton.linear_attention_terms(q, k, v, log_decay, **options)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from accel.kernels.device import runs_triton
+from accel.kernels.device import runs_triton, wants_gradient
 from accel.kernels.prefix_attention import reference
 from accel.kernels.prefix_attention.reference import Plan, SharedKV, plan
 
@@ -63,17 +63,9 @@ def prefix_attention(
         runs_triton(query)
         and query.dtype in TRITON_DTYPES
         and max(q[3], v[3]) <= TRITON_MAX_HEAD_DIM
-        and not _needs_gradient(query, keys, values, segments)
+        and not wants_gradient(query, keys, values, *(t for s in segments for t in (s.keys, s.values, s.bias)))
     ):
         from accel.kernels.prefix_attention import triton
 
         return triton.prefix_attention(query, keys, values, plan, segments, scale=scale, softcap=softcap)
     return reference.prefix_attention(query, keys, values, plan, segments, scale=scale, softcap=softcap)
-
-
-def _needs_gradient(query: Tensor, keys: Tensor, values: Tensor, segments: Sequence[SharedKV]) -> bool:
-    """The kernels have no backward pass; the reference differentiates."""
-    return torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad
-        for t in (query, keys, values, *(t for s in segments for t in (s.keys, s.values, s.bias)))
-    )

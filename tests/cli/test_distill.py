@@ -12,8 +12,7 @@ from click.testing import CliRunner, Result
 
 import accel
 from accel.artifacts import open_artifact, tokenizer_digest
-from accel.cli.common import parse_bytes
-from accel.cli.distill import parse_layers
+from accel.cli.common import parse_bytes, parse_layers
 from accel.cli.main import main
 from accel.distill.cache import LessonCache
 from accel.errors import OptionError

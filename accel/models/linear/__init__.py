@@ -9,8 +9,11 @@ from accel.models.linear.convert import (
     LowRank,
     check_weights,
     converted_copy,
+    fresh_layers,
     is_linear,
     linear_layers,
+    own_parameters,
+    softmax_attention,
     weight_shapes,
 )
 from accel.models.linear.spec import FAMILIES, Heads, LinearSpec
@@ -26,8 +29,11 @@ __all__ = [
     "LowRank",
     "check_weights",
     "converted_copy",
+    "fresh_layers",
     "is_linear",
     "linear_layers",
+    "own_parameters",
+    "softmax_attention",
     "target_for",
     "weight_shapes",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,29 @@ class LowRank:
 def linear_layers(model: PreTrainedModel) -> list[LinearAttention]:
     """The model's linear layers, first to last."""
     return [each.self_attn for each in _decoder_layers(model) if isinstance(each.self_attn, LinearAttention)]
+
+
+def fresh_layers(model: PreTrainedModel, spec: LinearSpec, generator: torch.Generator) -> list[LinearAttention]:
+    """Linear layers at their start values beside the softmax layers of ``model``, which stays as it is."""
+    padding = Padding()
+    layers = [LinearAttention(_decoder_layers(model)[i].self_attn, spec, i, padding) for i in spec.layers]
+    for layer in layers:
+        layer.reset(generator)
+    return layers
+
+
+def softmax_attention(model: PreTrainedModel, index: int) -> Any:
+    """The attention module of decoder layer ``index``."""
+    return _decoder_layers(model)[index].self_attn
+
+
+def own_parameters(layers: Sequence[LinearAttention]) -> dict[str, nn.Parameter]:
+    """What belongs to linear layers and not to the model, under the names of ``weight_shapes``."""
+    return {
+        f"layers.{layer.layer_idx}.{name}": weight
+        for layer in layers
+        for name, weight in layer.named_parameters(recurse=False)
+    }
 
 
 def is_linear(model: PreTrainedModel) -> bool:

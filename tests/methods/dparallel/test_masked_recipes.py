@@ -18,9 +18,10 @@ import accel
 from accel.artifacts import open_artifact, update, verify
 from accel.cli.main import main
 from accel.distill.prompts import read
+from accel.distill.weights import weights_digest
 from accel.errors import ArtifactError, ModelError, OptionError
 from accel.methods.dparallel.distill import begin
-from accel.methods.dparallel.distill.artifact import facts_in, set_threshold, weights_digest
+from accel.methods.dparallel.distill.artifact import facts_in, set_threshold
 from accel.methods.dparallel.distill.recipe import Conversion, DParallel, distill, prepare
 from accel.models.diffusion import facts_of
 from accel.models.loading import load_model

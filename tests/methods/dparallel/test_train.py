@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from accel.distill import forward
+from accel.distill.lora import Lora
 from accel.distill.teacher import Lesson
 from accel.errors import ArtifactError, ModelError, OptionError
-from accel.methods.dparallel.distill.lora import Lora
 from accel.methods.dparallel.distill.losses import entropy, without
 from accel.methods.dparallel.distill.train import Canvases, Training, Views, filler, loss, measure, train
 from accel.models.diffusion import Denoiser, DiffusionFacts

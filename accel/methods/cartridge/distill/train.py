@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from accel.distill.batches import Batch, Lessons
-from accel.distill.descent import Descent, update
+from accel.distill.descent import Descent, alone, update
 from accel.distill.forward import Scorer, autocast
 from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.schedule import warm_cosine
@@ -99,14 +99,8 @@ def train(
     descent = Descent(module, optimizer, folder, asdict(how) | dict(made_from or {}))
     scorer = Scorer(model)
     curriculum = Curriculum(lessons, how)
-    wanted = [(each, each.requires_grad) for each in model.parameters()]
-    try:
-        for weight, _ in wanted:
-            weight.requires_grad_(False)
+    with alone(module.parameters(), model):
         return descent.run(how, lambda step: _step(scorer, slots, optimizer, curriculum, how, step), progress)
-    finally:
-        for weight, required in wanted:
-            weight.requires_grad_(required)
 
 
 def loss(scorer: Scorer, members: Sequence[Slots], batch: Batch) -> Tensor:

@@ -6,7 +6,6 @@ Knows files and manifests. Does not know how the model was trained.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,24 +18,14 @@ from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, BaseModel, Manifest, save, update
 from accel.artifacts.manifest import FILE_SUFFIXES
+from accel.distill.weights import DTYPES
 from accel.errors import ArtifactError
 from accel.models.aliases import progress_only_on_terminal
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts, set_facts
 
 KIND = "dparallel"
 CONFIG = "config.json"
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _SHARD = "4GB"
-
-
-def weights_digest(model: PreTrainedModel) -> str:
-    """sha256 over a model's tensors, by name: what the config's digest cannot tell, which checkpoint it was."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        plain = tensor.detach().cpu().contiguous()
-        found.update(plain.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
 
 
 def write(

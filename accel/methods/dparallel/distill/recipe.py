@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 from accel.artifacts import Artifact, describe_base
 from accel.distill.checkpoint import KEPT, thinned
 from accel.distill.lessons import Library, predicted_bytes
+from accel.distill.lora import ALL, Lora, layers
 from accel.distill.prompts import Encoded, Prompt, encode, split
 from accel.distill.teacher import Generation, stop_tokens
+from accel.distill.weights import DTYPES, weights_digest
 from accel.errors import ArtifactError, ModelError, OptionError, unknown_name
 from accel.methods.dparallel.distill import artifact as artifacts
 from accel.methods.dparallel.distill import begin
-from accel.methods.dparallel.distill.artifact import DTYPES, weights_digest
 from accel.methods.dparallel.distill.calibrate import (
     check_length,
     evaluate,
@@ -32,7 +33,6 @@ from accel.methods.dparallel.distill.calibrate import (
     one_token,
     require_answers,
 )
-from accel.methods.dparallel.distill.lora import ALL, Lora, layers
 from accel.methods.dparallel.distill.opened import masked_facts
 from accel.methods.dparallel.distill.train import Training, filler, measure, train
 from accel.methods.dparallel.distill.trajectories import Kept, from_file, keep, self_written

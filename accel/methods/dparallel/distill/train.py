@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from accel.distill.batches import Packing
-from accel.distill.descent import Descent, update
+from accel.distill.descent import Descent, alone, update
 from accel.distill.forward import autocast
 from accel.distill.schedule import warm_cosine
 from accel.distill.teacher import Lesson
@@ -210,16 +210,8 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     canvases = Canvases(lessons, how, denoiser.facts)
     descent = Descent(learner, optimizer, folder, asdict(how) | dict(made_from or {}))
-    required = [(each, each.requires_grad) for each in denoiser.model.parameters()]
-    try:
-        for weight, _ in required:
-            weight.requires_grad_(False)
-        for weight in weights:
-            weight.requires_grad_(True)
+    with alone(weights, denoiser.model):
         return descent.run(how, lambda step: _step(denoiser, weights, optimizer, canvases[step], how, step), progress)
-    finally:
-        for weight, needed in required:
-            weight.requires_grad_(needed)
 
 
 def _step(

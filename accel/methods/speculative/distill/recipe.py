@@ -20,6 +20,7 @@ from accel.distill.forward import Scorer
 from accel.distill.lessons import Library
 from accel.distill.prompts import Prompt
 from accel.distill.teacher import Generation, Lesson
+from accel.distill.weights import DTYPES
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import ArtifactError, OptionError, unknown_name
 from accel.methods.speculative.distill.data import Mix, Mixture, OnPolicy, Source, Translation, writer
@@ -31,7 +32,6 @@ from accel.methods.speculative.distill.vocabulary import count, coverage, trim
 
 Progress = Callable[[str], None]
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 DEFAULT_SHAPE = "1x576"
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accel.distill.lora import Lora, layers
 from accel.errors import OptionError
-from accel.methods.dparallel.distill.lora import Lora, layers
 
 TOKENS = torch.arange(3, 15)[None]
 

@@ -60,6 +60,13 @@ class Lora(nn.Module):
         self.additions = nn.ModuleList(addition for _, addition in self._pairs)
         self._hooks = [linear.register_forward_hook(_adding(addition)) for linear, addition in self._pairs]
 
+    def factors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """By layer, copies of A [rank, in] and B [out, rank] as they are now; merging adds (alpha / rank) · B A."""
+        return {
+            name: (addition.a.detach().clone(), addition.b.detach().clone())
+            for name, (_, addition) in zip(self.names, self._pairs, strict=True)
+        }
+
     def merge(self) -> None:
         """Put the additions into the weights, and go."""
         with torch.no_grad():

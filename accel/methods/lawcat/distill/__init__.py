@@ -1,0 +1,1 @@
+"""Making conversions: attention transfer, then tuning (README.md of the method)."""
