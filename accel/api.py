@@ -33,9 +33,9 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     a masked-diffusion one with this model's tokenizer), or a ``Drafter``; and any number of cartridges (paths, ids,
     ``Cartridge`` objects), which stand in front of every prompt in the order given unless a call says
     ``generate(…, cartridges=[…])``; or one LAWCAT conversion, which replaces softmax layers by linear ones until
-    ``detach`` (``lawcat="draft"``: in a draft that shares the model's weights, and the model stays as it is).
-    ``method``: "speculative" (the default;
-    lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
+    ``detach`` (``lawcat="draft"``: in a draft that shares the model's weights, and the model stays as it is;
+    ``"auto"``: in calls that are answered sooner that way, as timed here; a number: for prompts of so many tokens or
+    more). ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
     take no artifacts. ``options``: the method's own (listed by ``accel methods``), and
     for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run
     on a CPU). ``log``: a file to which each finished row's prompt and new tokens are appended, for ``accel distill

@@ -76,6 +76,11 @@ def needle(
     return _hidden(chance, tokens, tokenizer, _varied(chance), said, asked, number, depth)
 
 
+def filled(chance: random.Random, tokens: int, tokenizer: Any) -> tuple[int, ...]:
+    """Varied text that hides nothing, as token ids."""
+    return tuple(each for piece in _pieces(tokenizer, _varied(chance), tokens) for each in piece)
+
+
 TASKS: dict[str, Callable[..., Task]] = {"passkey": passkey, "needle": needle}
 
 
@@ -115,6 +120,18 @@ def _hidden(
     room = tokens - len(begin) - len(inner) - len(end)
     if room < 0:
         raise OptionError(f"tokens={tokens}: the task itself has {tokens - room}; ask for a longer prompt")
+    pieces = _pieces(tokenizer, filler, room)
+    place = round(depth * len(pieces))
+    pieces.insert(place, inner)
+    ids = (*begin, *(each for piece in pieces for each in piece), *end)
+    before = sum(map(len, pieces[:place]))
+    assert len(ids) == tokens
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return Task(ids, text, answer, before / room if room else 0.0)
+
+
+def _pieces(tokenizer: Any, filler: Iterator[str], room: int) -> list[Sequence[int]]:
+    """Sentences as token ids, ``room`` of them together."""
     pieces: list[Sequence[int]] = []
     length = 0
     known: dict[str, Sequence[int]] = {}
@@ -128,13 +145,7 @@ def _hidden(
         cut = min(length - room, len(pieces[0]))
         pieces[:1] = [pieces[0][cut:]] if cut < len(pieces[0]) else []
         length -= cut
-    place = round(depth * len(pieces))
-    pieces.insert(place, inner)
-    ids = (*begin, *(each for piece in pieces for each in piece), *end)
-    before = sum(map(len, pieces[:place]))
-    assert len(ids) == tokens
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    return Task(ids, text, answer, before / room if room else 0.0)
+    return pieces
 
 
 def _opening(tokenizer: Any) -> list[int]:
