@@ -56,8 +56,8 @@ def _recipe_options(**own: Any) -> Callable[[Command], Command]:
             default=own["noise"],
             show_default=True,
             help="What is hidden: half a block between clean and masked ones (blocks), half the answer (response), "
-            "both with the other half in a second view; or a random share of the answer, weighted by the bound on its "
-            "probability (diffusion) or not (maskgit).",
+            "both with the other half in a second view; or a random share: of the answer, weighted by the bound on its "
+            "probability (diffusion) or not (maskgit), or of one block between clean and masked ones (block).",
         ),
         click.option(
             "--canvas",
