@@ -15,7 +15,7 @@ from accel.drafters.masked import MaskedDrafter
 from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
 from accel.drafters.translated import TranslatedDrafter
 from accel.errors import ArtifactError, IncompatibleError
-from accel.methods.dparallel.distill import artifact as masked_artifacts
+from accel.methods.dparallel import artifact as masked_artifacts
 from accel.models.diffusion import Denoiser, facts_of
 from accel.models.loading import load_model
 

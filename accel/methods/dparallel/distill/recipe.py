@@ -24,7 +24,7 @@ from accel.distill.prompts import Encoded, Prompt, encode, split
 from accel.distill.teacher import Generation, stop_tokens
 from accel.distill.weights import DTYPES, weights_digest
 from accel.errors import ArtifactError, ModelError, OptionError, unknown_name
-from accel.methods.dparallel.distill import artifact as artifacts
+from accel.methods.dparallel import artifact as artifacts
 from accel.methods.dparallel.distill import begin
 from accel.methods.dparallel.distill.calibrate import (
     check_length,
