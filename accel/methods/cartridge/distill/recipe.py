@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, config_digest, describe_base, json_digest
 from accel.distill.batches import Lessons
-from accel.distill.checkpoint import KEPT, thinned
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
 from accel.distill.forward import Scorer
 from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.teacher import Lesson, stop_tokens
@@ -38,8 +38,6 @@ METHODS = ("self-study", "compact", "whole")
 _HELD_OUT, _MOST_HELD_OUT = 16, 64
 # what the quick fit is asked about: stretches of the document, so many tokens each, so many of them
 _STRETCH, _STRETCHES = 24, 48
-_FRAME = 2**18
-_LINE = 256
 
 
 @dataclass(frozen=True)
@@ -198,8 +196,7 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
     asked = recipe.conversations_about([len(each) for each in ids])
     studies = [recipe.study(count) for count in asked] if learns else []
     lessons = sum(each.predicted_bytes() for each in studies)
-    # weights and two moments in fp32
-    checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
+    checkpoints = training_bytes(numbers, recipe.steps) if learns else 0
     prepared = Prepared(
         list(corpora),
         ids,
@@ -207,7 +204,7 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
         studies,
         lessons,
         checkpoints,
-        numbers * DTYPES[recipe.dtype].itemsize + _FRAME * len(corpora),
+        numbers * DTYPES[recipe.dtype].itemsize + FRAME * len(corpora),
     )
     if prepared.total_bytes > recipe.max_bytes:
         raise OptionError(

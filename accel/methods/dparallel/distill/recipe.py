@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, describe_base
-from accel.distill.checkpoint import KEPT, thinned
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
 from accel.distill.lessons import Library, predicted_bytes
 from accel.distill.lora import ALL, Lora, layers
 from accel.distill.prompts import Encoded, Prompt, encode, split
@@ -45,9 +45,6 @@ Progress = Callable[[str], None]
 DATA = ("self", "file")
 # answers are kept where their final answer is the file's, or all of them
 CHECKS = ("final", "none")
-# beside tensors: headers, a line of an index, small files
-_FRAME = 2**20
-_LINE = 512
 # nothing that is made depends on these
 _FREE = ("max_bytes", "dtype", "rows", "checkpoint_every")
 
@@ -218,10 +215,9 @@ def prepare(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], r
         trained = recipe.lora_rank * sum(sum(size) for size in sizes)
     disk = {
         "answers": 0,
-        # weights and two moments in fp32
-        "checkpoints": (KEPT + 1) * (12 * trained + _FRAME) + recipe.steps * _LINE,
+        "checkpoints": training_bytes(trained, recipe.steps),
         # and the copy that transformers saves first
-        "artifact": 2 * (numbers * DTYPES[recipe.dtype].itemsize + _tokenizer_bytes(tokenizer) + _FRAME),
+        "artifact": 2 * (numbers * DTYPES[recipe.dtype].itemsize + _tokenizer_bytes(tokenizer) + FRAME),
     }
     if recipe.data == "self":
         disk["answers"] = sum(predicted_bytes([len(p) for p in e.prompts], canvas, 1) for e in (kept, held_out))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, describe_base, json_digest
-from accel.distill.checkpoint import KEPT, thinned
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
 from accel.distill.weights import DTYPES, weights_digest
 from accel.errors import ArtifactError, IncompatibleError, OptionError, unknown_name
 from accel.methods.lawcat.artifact import Lawcat
@@ -31,9 +31,6 @@ from accel.models.softmax_target import SoftmaxTarget
 
 Progress = Callable[[str], None]
 
-# beside tensors: headers and small files; a line of a log
-_FRAME = 2**18
-_LINE = 256
 # nothing that is learned depends on these
 _FREE = ("max_bytes", "dtype", "checkpoint_every")
 # of the recipe, what the first stage does not depend on
@@ -199,10 +196,9 @@ def prepare(model: PreTrainedModel, documents: Documents, recipe: Recipe) -> Pre
     own = sum(sizes.values()) - additions
     tuned = additions + (own if recipe.tune_own else 0)
     disk = {
-        # weights and two moments in fp32
-        "transfer": _training(own, recipe.transfer_steps),
-        "tuning": _training(tuned, recipe.tune_steps) if recipe.tune_steps else 0,
-        "artifact": (own + additions) * DTYPES[recipe.dtype].itemsize + _FRAME,
+        "transfer": training_bytes(own, recipe.transfer_steps),
+        "tuning": training_bytes(tuned, recipe.tune_steps) if recipe.tune_steps else 0,
+        "artifact": (own + additions) * DTYPES[recipe.dtype].itemsize + FRAME,
     }
     if (total := sum(disk.values())) > recipe.max_bytes:
         raise OptionError(
@@ -210,10 +206,6 @@ def prepare(model: PreTrainedModel, documents: Documents, recipe: Recipe) -> Pre
             f"artifact {disk['artifact']} bytes; allow {total}, or convert fewer layers"
         )
     return Prepared(packed, len(documents.ids), spec, own, additions, disk)
-
-
-def _training(numbers: int, steps: int) -> int:
-    return (KEPT + 1) * (12 * numbers + _FRAME) + steps * _LINE
 
 
 def distill(
