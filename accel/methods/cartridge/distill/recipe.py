@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from accel.artifacts import Artifact, config_digest, describe_base, json_digest
 from accel.distill.batches import Lessons
 from accel.distill.checkpoint import FRAME, thinned, training_bytes
+from accel.distill.files import read_document
 from accel.distill.forward import Scorer
 from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.teacher import Lesson, stop_tokens
@@ -156,15 +157,10 @@ class Prepared:
 
 def read_corpora(files: Sequence[Path], recipe: Recipe) -> list[Corpus]:
     """Documents of text files (UTF-8), named by their files."""
-    corpora = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"cannot read the document {path}: {error}") from error
-        if not text.strip():
-            raise OptionError(f"{path}: the document is empty")
-        corpora.append(Corpus(path.stem, text, recipe.template, recipe.instruction))
+    texts = [read_document(path, "the document") for path in files]
+    corpora = [
+        Corpus(path.stem, text, recipe.template, recipe.instruction) for path, text in zip(files, texts, strict=True)
+    ]
     names = [each.name for each in corpora]
     if len(set(names)) < len(names):
         raise OptionError(f"documents named {', '.join(names)}: each needs a file name of its own")
