@@ -496,5 +496,5 @@ def _request_log(model: PreTrainedModel, shared: dict[str, Any]) -> RequestLog |
         if limit is not None:
             raise OptionError(f"log_max_bytes={limit!r} without log: name the file that it bounds")
         return None
-    base = describe_base(model.config, shared.get("tokenizer"), name=model.config._name_or_path or "unnamed")
+    base = describe_base(model.config, shared.get("tokenizer"))
     return RequestLog(path, base) if limit is None else RequestLog(path, base, limit)

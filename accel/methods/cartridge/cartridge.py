@@ -185,7 +185,7 @@ class Cartridge:
         all_parameters._check(name)
         check_fits(all_parameters, model.config, name)
         _check_tensors(_named(segment), all_parameters, name)
-        base = describe_base(model.config, tokenizer, name=model.config._name_or_path or "unnamed")
+        base = describe_base(model.config, tokenizer)
         return cls(name, segment, all_parameters, base)
 
     def save(

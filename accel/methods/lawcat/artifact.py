@@ -45,7 +45,7 @@ class Lawcat:
         low_rank: LowRank | None = None,
     ) -> Lawcat:
         """A live one, for ``model``; what does not fit it is refused."""
-        base = describe_base(model.config, tokenizer, name=model.config._name_or_path or "unnamed")
+        base = describe_base(model.config, tokenizer)
         made = cls(name, spec, dict(tensors), base, low_rank)
         made._check(model, name)
         return made

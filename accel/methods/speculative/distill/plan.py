@@ -119,6 +119,10 @@ class Prepared:
     parameters: int
     disk: Disk
 
+    @property
+    def total_bytes(self) -> int:
+        return self.disk.total
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "prompts": len(self.kept.prompts),
