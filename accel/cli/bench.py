@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +15,8 @@ from accel.cli.common import (
     DEFAULT_DRAFT,
     DEFAULT_MODEL,
     Progress,
+    command_line,
+    use_threads,
 )
 from accel.errors import OptionError, unknown_name
 
@@ -204,7 +204,7 @@ def _suite(model: str, suite: str, settings: Settings, given: dict[str, Any]) ->
     common |= {"model": model, "suite": suite, "settings": settings}
     if not common["artifacts"] and model == DEFAULT_MODEL:
         common["artifacts"] = (DEFAULT_DRAFT,)
-    common["command"] = shlex.join(["accel", *sys.argv[1:]])
+    common["command"] = command_line()
     if suite == "drafts":
         compared = drafts.DraftsPlan(draft_lengths=_numbers("draft-length", given, int), **common)
         shown = drafts_report
@@ -246,9 +246,9 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
     from accel import detach, load
     from accel.bench import saving, steps
 
-    _use_threads(threads)
+    use_threads(threads)
     loaded = detach(load(model, device=device, dtype=dtype).model)
-    document = {"command": shlex.join(["accel", *sys.argv[1:]]), "model": model, **steps.measure(loaded)}
+    document = {"command": command_line(), "model": model, **steps.measure(loaded)}
     if output:
         saving.write(output, saving.dump(document))
     click.echo(saving.dump(document) if as_json else steps.terminal(document), nl=False)
@@ -266,7 +266,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     from accel.bench import cartridge, saving
 
     corpus, questions = cartridge.EMBEDDED
-    _use_threads(given["threads"])
+    use_threads(given["threads"])
     chosen = {name: given[name] for name in ("max_new_tokens", "repeat") if given[name] is not None}
     if given["concurrency"] is not None:
         chosen["concurrency"] = _counts(given["concurrency"])
@@ -280,7 +280,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
         device=given["device"],
         dtype=given["dtype"],
         output=given["output"],
-        command=shlex.join(["accel", *sys.argv[1:]]),
+        command=command_line(),
     )
     with Progress() as progress:
         document = cartridge.carry_out(plan, progress)
@@ -299,7 +299,7 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
         drawn = output.with_suffix(".svg")
     if output and drawn == output:
         raise OptionError(f"--output {output}: the JSON document and the plot cannot be one file; name it .json")
-    _use_threads(given["threads"])
+    use_threads(given["threads"])
     chosen = {name: given[name] for name in ("limit", "max_new_tokens", "rows", "timed", "repeat", "device", "dtype")}
     plan = dparallel.Plan(
         model=model,
@@ -308,20 +308,13 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
         sweep=not given["no_sweep"],
         **{name: value for name, value in chosen.items() if value is not None},
         output=output,
-        command=shlex.join(["accel", *sys.argv[1:]]),
+        command=command_line(),
     )
     with Progress() as progress:
         document = dparallel.carry_out(plan, progress)
     if drawn:
         saving.write(drawn, plot.page(dparallel_report.charts(document)))
     click.echo(saving.dump(document) if given["as_json"] else dparallel_report.terminal(document), nl=False)
-
-
-def _use_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -337,13 +330,13 @@ def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: 
     from accel.bench import saving
     from accel.bench.kernels import families, report, suite
 
-    _use_threads(threads)
+    use_threads(threads)
     started = time.monotonic()
     with Progress() as progress:
         document = suite.run(
             families.find_device(device),
             arms,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            command=command_line(),
             told=lambda done, total, case: progress(
                 f"{done}/{total} · {time.monotonic() - started:.0f} s · {case.family}: {case.name}"
             ),

@@ -19,7 +19,7 @@ import accel
 from accel.artifacts import describe_base
 from accel.bench import dparallel as suite
 from accel.cli.main import main
-from accel.methods.dparallel.distill import artifact
+from accel.methods.dparallel import artifact
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts, facts_of, set_facts
 from accel.models.loading import load_model
 
