@@ -42,6 +42,9 @@ USES = {
     "dparallel": _ALWAYS
     | {"model", "dtype", "artifacts", "prompt_file", "limit", "max_new_tokens"}
     | {"rows", "timed", "repeat", "no_sweep", "svg_file"},
+    "lawcat": _ALWAYS
+    | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens", "concurrency", "repeat"}
+    | {"lengths", "digits", "seed", "html_file", "svg_file"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
@@ -56,13 +59,13 @@ USES = {
     multiple=True,
     metavar="ARTIFACT",
     help="A draft model, folder or name; several with --suite drafts. With --suite cartridge: cartridges; A+B are two "
-    "that stand together. With --suite dparallel: the model that MODEL was distilled from. [default model: what ships "
-    "with it]",
+    "that stand together. With --suite dparallel: the model that MODEL was distilled from. With --suite lawcat: the "
+    "conversion. [default model: what ships with it]",
 )
 @click.option(
     "--suite",
-    help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, dparallel, steps, "
-    "kernels.",
+    help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, dparallel, lawcat, "
+    "steps, kernels.",
 )
 @click.option(
     "--prompts",
@@ -76,24 +79,37 @@ USES = {
     type=FILE,
     metavar="FILE",
     multiple=True,
-    help="cartridge: the document that the cartridges stand in for. Repeatable.",
+    help="cartridge: the document that the cartridges stand in for; repeatable. lawcat: a text for its perplexity.",
 )
-@click.option("--limit", type=int, help="Prompts of each task group. [embedded prompts: 1; from a file: all]")
+@click.option(
+    "--limit",
+    type=int,
+    help="Prompts of each task group; lawcat: tasks of each kind and length. [embedded prompts: 1; from a file: all; "
+    "lawcat: 8]",
+)
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
 @click.option(
     "--max-new-tokens",
     type=int,
     help="Tokens to generate. [default suite: 64; spec-bench: 128; drafts: 96; lenience: 256; cartridge: 24; "
-    "dparallel: what MODEL was trained with, else 256]",
+    "lawcat: 32; dparallel: what MODEL was trained with, else 256]",
 )
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
 @click.option("--repeat", type=int, help="Runs of each arm on each prompt. [default: 1; timings: 3]")
-@click.option("--concurrency", metavar="N,N,…", help="cartridge: requests at once. [default: 1,4,16]")
+@click.option(
+    "--concurrency", metavar="N,N,…", help="cartridge, lawcat: requests at once. [default: 1,4,16; lawcat: 1,4]"
+)
+@click.option(
+    "--lengths",
+    metavar="N,N,…",
+    help="lawcat: tokens of the prompts. [default: 1, 2, 4, 8, 16 times the trained length]",
+)
+@click.option("--digits", type=int, default=5, show_default=True, help="lawcat: of the numbers to be found again.")
 @click.option("--rows", type=int, default=16, show_default=True, help="dparallel: questions that decode together.")
 @click.option("--timed", type=int, default=32, show_default=True, help="dparallel: questions answered by the clock.")
 @click.option("--no-sweep", is_flag=True, help="dparallel: leave out the other thresholds, and the plot.")
 @click.option("--temperature", type=float, help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs, and of lawcat's tasks.")
 @click.option(
     "--draft-length",
     metavar="N[,N…]",
@@ -112,7 +128,10 @@ USES = {
 @click.option("--resume", is_flag=True, help="Go on with the unfinished run in --output, same options.")
 @click.option("--html", "html_file", type=FILE, help="Save a self-contained page with tables and bars or plots.")
 @click.option(
-    "--svg", "svg_file", type=FILE, help="drafts, lenience, dparallel: the plots alone. [dparallel: beside --output]"
+    "--svg",
+    "svg_file",
+    type=FILE,
+    help="drafts, lenience, dparallel, lawcat: the plots alone. [dparallel: beside --output]",
 )
 @click.option("--save-detailed", is_flag=True, help="Keep every run's tokens and times in the document.")
 @click.pass_context
@@ -126,9 +145,10 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     `lenience` shows what lossy acceptance of a draft's tokens gains and what it costs in quality. `cartridge` asks
     --prompts (question and answer) without --corpus, with all of it in the prompt, and behind each cartridge.
     `dparallel` asks a masked-diffusion MODEL: one token a forward, by its threshold, with caches, and the model (-a)
-    that it was distilled from. `steps` measures what one target step costs by the number of positions it verifies.
-    `kernels` takes no MODEL: it times every kernel family on --device against the machine's own bandwidth and other
-    implementations.
+    that it was distilled from. `lawcat` holds MODEL with a conversion (-a) against MODEL without it: numbers found
+    again in long texts, perplexity, reading and decoding by length, and the length from which it is the faster one.
+    `steps` measures what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it
+    times every kernel family on --device against the machine's own bandwidth and other implementations.
     """
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
@@ -142,6 +162,8 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
         _bench_cartridge(model, given)
     elif suite == "dparallel":
         _bench_dparallel(model, given)
+    elif suite == "lawcat":
+        _bench_lawcat(model, given)
     elif suite == "kernels":
         _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
     else:
@@ -269,7 +291,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     use_threads(given["threads"])
     chosen = {name: given[name] for name in ("max_new_tokens", "repeat") if given[name] is not None}
     if given["concurrency"] is not None:
-        chosen["concurrency"] = _counts(given["concurrency"])
+        chosen["concurrency"] = _counts("concurrency", given)
     plan = cartridge.Plan(
         model=model,
         artifacts=(DEFAULT_CARTRIDGE,) if embedded else given["artifacts"],
@@ -317,13 +339,41 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
     click.echo(saving.dump(document) if given["as_json"] else dparallel_report.terminal(document), nl=False)
 
 
-def _counts(text: str) -> tuple[int, ...]:
+def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
+    if len(given["artifacts"]) != 1:
+        raise OptionError("suite 'lawcat' holds one conversion against MODEL: name it with -a")
+    if len(given["corpora"]) > 1:
+        raise OptionError(f"--corpus {', '.join(map(str, given['corpora']))}: suite 'lawcat' takes one text")
+    from accel.bench import lawcat, lawcat_report, plot, saving
+
+    use_threads(given["threads"])
+    chosen = {name: given[name] for name in ("limit", "max_new_tokens", "repeat") if given[name] is not None}
+    chosen |= {name: _counts(name, given) for name in ("concurrency", "lengths") if given[name] is not None}
+    if given["corpora"]:
+        chosen["corpus"] = given["corpora"][0]
+    plan = lawcat.Plan(
+        model=model,
+        artifact=given["artifacts"][0],
+        questions=given["prompt_file"],
+        **chosen,
+        **{name: given[name] for name in ("digits", "seed", "device", "dtype", "output")},
+        command=command_line(),
+    )
+    with Progress() as progress:
+        document = lawcat.carry_out(plan, progress)
+    if given["html_file"]:
+        saving.write(given["html_file"], lawcat_report.page(document))
+    if given["svg_file"]:
+        saving.write(given["svg_file"], plot.page(lawcat_report.charts(document)))
+    click.echo(saving.dump(document) if given["as_json"] else lawcat_report.terminal(document), nl=False)
+
+
+def _counts(option: str, given: dict[str, Any]) -> tuple[int, ...]:
+    text: str = given[option]
     try:
         return tuple(int(each) for each in text.split(","))
     except ValueError as error:
-        raise OptionError(
-            f"--concurrency {text}: whole numbers with commas between them are wanted, as in 1,4"
-        ) from error
+        raise OptionError(f"--{option} {text}: whole numbers with commas between them are wanted, as in 1,4") from error
 
 
 def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: bool, output: Path | None) -> None:

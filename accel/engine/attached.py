@@ -19,7 +19,7 @@ from accel.drafters.base import Drafter
 from accel.engine.cartridges import Cartridges, Seat, notes
 from accel.engine.drafts import drafter_from
 from accel.engine.given import opened, parted
-from accel.engine.lawcats import lawcat_for
+from accel.engine.lawcats import by_length, lawcat_for
 from accel.engine.transformers_call import Decoding, PreparedCall
 from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods import MethodInfo, get
@@ -81,6 +81,7 @@ class Attached:
         as_draft = shared.get("lawcat") == "draft"
         self.lawcat = None if as_draft else lawcat
         self._conversion = None if self.lawcat is None else self.lawcat.conversion(model)
+        self._by_length = by_length(self._conversion, shared.get("lawcat"))
         if lawcat is not None and as_draft:
             drafts.append(lawcat.student(model))
         # somebody chose to speculate, so that a call which cannot is an error and not a fallback
@@ -112,6 +113,9 @@ class Attached:
         if self._conversion is not None:
             self._conversion.install()
         self._linears = [cpu_linear.install(self.model, self.cpu_linear)]
+        if self._by_length is not None:
+            self._by_length.rest()
+            self._linears.append(cpu_linear.install(self.model, self.cpu_linear))
         reader = getattr(self.draft, "reader", None)
         if reader is not None:
             self._linears.append(cpu_linear.install(reader.linears, self.cpu_linear, may_round=True))
@@ -145,7 +149,29 @@ class Attached:
         num_rows = len(ids) if isinstance(ids, Tensor) else 1
         asked = kwargs.pop("cartridges", None)
         with self._one_call_at_a_time(), self.cartridges.use(asked, num_rows) as seats:
-            return self._generate(inputs, generation_config, logits_processor, stopping_criteria, seats, **kwargs)
+            _check_prompt(ids)
+            with self._layers_for(ids, _Settings(self.model, generation_config, kwargs), kwargs):
+                return self._generate(inputs, generation_config, logits_processor, stopping_criteria, seats, **kwargs)
+
+    @contextmanager
+    def _layers_for(self, ids: Any, settings: _Settings, kwargs: dict[str, Any]) -> Iterator[None]:
+        """The layers that the call's length asks for, where that is what decides."""
+        chooser = self._by_length
+        # a cache that the caller keeps goes on with the layers that stand in the model between calls
+        if chooser is None or not isinstance(ids, Tensor) or kwargs.get("past_key_values") is not None:
+            yield
+            return
+        prompt = ids.shape[-1]
+        try:
+            chooser.choose(prompt, settings["max_new_tokens"] or max(1, (settings["max_length"] or 20) - prompt))
+            yield
+        finally:
+            chooser.rest()
+
+    @property
+    def _runs_linear(self) -> bool:
+        """Whether the call under way runs on linear layers."""
+        return self.lawcat is not None and (self._by_length is None or self._by_length.linear)
 
     @contextmanager
     def _one_call_at_a_time(self) -> Iterator[None]:
@@ -167,7 +193,6 @@ class Attached:
         seats: Sequence[Seat],
         **kwargs: Any,
     ) -> Any:
-        _check_prompt(inputs if inputs is not None else kwargs.get("input_ids"))
         settings = _Settings(self.model, generation_config, kwargs)
         reason = self._reason_for_transformers(settings, kwargs)
         self.stats = Stats()
@@ -178,8 +203,10 @@ class Attached:
             self._check_softmax("a cartridge")
         for note in notes(seats):
             self._say(note)
-        if self.lawcat is not None:
+        if self.lawcat is not None and self._runs_linear:
             self._say(f"linear attention of {self.lawcat.name}: not the softmax model's own distribution")
+        if self._by_length is not None and self._by_length.reason:
+            self._say(f"{'linear' if self._runs_linear else 'softmax'} layers: {self._by_length.reason}")
         if reason is not None:
             self._leave_to_transformers(reason)
             return plain_generate(self.model, inputs, generation_config, logits_processor, stopping_criteria, **kwargs)
@@ -277,7 +304,7 @@ class Attached:
             return method.load()(target, options, stats, self._speculator(options, draft))
 
         target = target_for(self.model) if self.facts is None else self._read_both_ways()
-        return Decoding(target, make, exact=self.lawcat is None)
+        return Decoding(target, make, exact=not self._runs_linear)
 
     def _read_both_ways(self) -> Denoiser:
         """The model's denoiser, made once: whether a model can be read without causality is tried on it."""
@@ -371,7 +398,8 @@ class Attached:
         """The speculator for a choice of options and draft, kept so that what it learned carries over."""
         from accel.methods.speculative.build import create_speculator
 
-        key = (options, id(draft))
+        # what a step costs differs between softmax and linear layers
+        key = (options, id(draft), self._runs_linear)
         if key not in self._speculators:
             self._speculators[key] = create_speculator(options, draft)
         return self._speculators[key]

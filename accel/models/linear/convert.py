@@ -111,7 +111,14 @@ class Conversion:
         check_weights(tensors, spec, model.config, where, low_rank)
         self.model, self.spec, self.tensors, self.low_rank = model, spec, tensors, low_rank
         self._softmax: dict[int, nn.Module] = {}
+        self._linear: dict[int, LinearAttention] = {}
+        self._padding = Padding()
         self._hook: Any = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no layer stays softmax."""
+        return len(self.spec.layers) == len(_decoder_layers(self.model))
 
     @torch.no_grad()
     def install(self) -> None:
@@ -120,29 +127,38 @@ class Conversion:
             raise IncompatibleError(
                 f"{type(self.model).__name__} has linear attention already: detach it before another is attached"
             )
-        padding = Padding()
+        self._padding = Padding()
         for index in self.spec.layers:
-            decoder_layer = _decoder_layers(self.model)[index]
-            softmax = decoder_layer.self_attn
+            softmax = _decoder_layers(self.model)[index].self_attn
             own = f"layers.{index}."
-            layer = LinearAttention(softmax, self.spec, index, padding).train(softmax.training)
+            layer = LinearAttention(softmax, self.spec, index, self._padding)
             for name, parameter in layer.named_parameters(recurse=False):
                 parameter.copy_(self.tensors[own + name])
             for name in PROJECTIONS:
                 if f"{own}{name}.lora_A" in self.tensors:
                     setattr(layer, name, self._merged(getattr(softmax, name), own + name))
-            self._softmax[index] = softmax
-            decoder_layer.self_attn = layer
-        self._hook = self.model.get_decoder().register_forward_pre_hook(padding.before, with_kwargs=True)
+            self._softmax[index], self._linear[index] = softmax, layer
+        self.use(linear=True)
 
-    def remove(self) -> None:
-        """Put the softmax layers back."""
+    def use(self, *, linear: bool) -> None:
+        """While installed: whether the linear layers run, or the softmax ones for a while; the others are kept."""
         for index, softmax in self._softmax.items():
-            _decoder_layers(self.model)[index].self_attn = softmax
-        self._softmax = {}
+            layer: Any = softmax
+            if linear:
+                # what does not stand in the model is neither moved nor set to training with it
+                layer = self._linear[index].train(softmax.training).to(next(softmax.parameters()).device)
+            _decoder_layers(self.model)[index].self_attn = layer
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        if linear:
+            before = self._padding.before
+            self._hook = self.model.get_decoder().register_forward_pre_hook(before, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Put the softmax layers back."""
+        self.use(linear=False)
+        self._softmax, self._linear = {}, {}
 
     def _merged(self, linear: nn.Linear, name: str) -> nn.Linear:
         """A copy with W + (alpha / rank) · B A, made in fp32."""
