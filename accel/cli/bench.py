@@ -13,6 +13,8 @@ from click.core import ParameterSource
 from accel.cli.common import (
     DEFAULT_CARTRIDGE,
     DEFAULT_DRAFT,
+    DEFAULT_MASKED,
+    DEFAULT_MASKED_BASE,
     DEFAULT_MODEL,
     Progress,
     command_line,
@@ -153,9 +155,7 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
     _refuse_unused(context, suite)
-    if suite == "dparallel" and not model:
-        raise OptionError("--suite dparallel without a MODEL: name a masked-diffusion model, a folder or an artifact")
-    model = model or DEFAULT_MODEL
+    model = model or (DEFAULT_MASKED if suite == "dparallel" else DEFAULT_MODEL)
     if suite == "steps":
         _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
     elif suite == "cartridge":
@@ -321,6 +321,8 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
         drawn = output.with_suffix(".svg")
     if output and drawn == output:
         raise OptionError(f"--output {output}: the JSON document and the plot cannot be one file; name it .json")
+    if not bases and model == DEFAULT_MASKED:
+        bases = (DEFAULT_MASKED_BASE,)
     use_threads(given["threads"])
     chosen = {name: given[name] for name in ("limit", "max_new_tokens", "rows", "timed", "repeat", "device", "dtype")}
     plan = dparallel.Plan(

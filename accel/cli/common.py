@@ -26,6 +26,9 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 DEFAULT_DRAFT = "smollm2-135m-draft"
 # and the cartridge
 DEFAULT_CARTRIDGE = "smollm2-135m-handbook"
+# the masked-diffusion model that ships with accel, and what it was distilled from
+DEFAULT_MASKED = "arithmetic-5m-dparallel"
+DEFAULT_MASKED_BASE = "arithmetic-5m-base"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
