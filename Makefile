@@ -49,6 +49,7 @@ $(LINKS): accel/%:
 demo: setup
 	$(BIN)/accel bench
 	$(BIN)/accel bench --suite cartridge --limit 16 --concurrency 1,4 --repeat 1
+	$(BIN)/accel bench --suite dparallel --limit 32 --timed 16 --repeat 1 --no-sweep
 
 test: setup lint types
 	$(BIN)/python -m pytest

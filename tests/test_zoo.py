@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from accel.artifacts import Found, list_artifacts, open_artifact, verify
-from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MODEL
+from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MASKED, DEFAULT_MASKED_BASE, DEFAULT_MODEL
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Parameters
 
@@ -19,11 +19,15 @@ ZOO = Path(__file__).parent.parent / "accel" / "zoo"
 DATA = ZOO.parent.parent / "bench" / "data"
 EMBEDDED = list_artifacts([ZOO])
 # what another one's recipe makes too
-RECIPES = {"smollm2-135m-railway": DEFAULT_CARTRIDGE}
+RECIPES = {
+    "smollm2-135m-railway": DEFAULT_CARTRIDGE,
+    DEFAULT_MASKED: "arithmetic-5m",
+    DEFAULT_MASKED_BASE: "arithmetic-5m",
+}
 
 
 def test_the_defaults_are_there() -> None:
-    assert {DEFAULT_DRAFT, DEFAULT_CARTRIDGE} <= {found.id for found in EMBEDDED}
+    assert {DEFAULT_DRAFT, DEFAULT_CARTRIDGE, DEFAULT_MASKED, DEFAULT_MASKED_BASE} <= {found.id for found in EMBEDDED}
 
 
 @pytest.mark.parametrize("found", EMBEDDED, ids=lambda found: found.id)

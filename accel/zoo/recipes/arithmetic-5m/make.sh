@@ -29,11 +29,11 @@ test -d ../../../../build/arithmetic/dparallel ||
   accel distill dparallel ../../../../build/arithmetic/base --prompts ../../../../build/arithmetic/lessons.jsonl --data file \
     --lora-rank 0 --beta 2 --max-new-tokens 48 --steps 1000 --batch-tokens 4096 --learning-rate 4e-4 --held-out 0.005 \
     --max-disk 3GB --seed 0 --output ../../../../build/arithmetic/dparallel
-# the same without certainty forcing, to see what that does
-test -d ../../../../build/arithmetic/cross-entropy ||
-  accel distill dparallel ../../../../build/arithmetic/base --prompts ../../../../build/arithmetic/lessons.jsonl --data file \
-    --lora-rank 0 --beta 0 --max-new-tokens 48 --steps 1000 --batch-tokens 4096 --learning-rate 4e-4 --held-out 0.005 \
-    --max-disk 3GB --seed 0 --output ../../../../build/arithmetic/cross-entropy
-accel distill calibrate ../../../../build/arithmetic/dparallel --prompts ../../../../build/arithmetic/dev.jsonl
+# and from a block of masks on, where decoding begins
+test -d ../../../../build/arithmetic/longer ||
+  accel distill dparallel ../../../../build/arithmetic/dparallel --prompts ../../../../build/arithmetic/lessons.jsonl --data file \
+    --noise block --lora-rank 0 --max-new-tokens 48 --steps 800 --batch-tokens 4096 --learning-rate 4e-4 --held-out 0.005 \
+    --max-disk 3GB --seed 1 --output ../../../../build/arithmetic/longer
+accel distill calibrate ../../../../build/arithmetic/longer --prompts ../../../../build/arithmetic/dev.jsonl
 cp -r ../../../../build/arithmetic/base ../../arithmetic-5m-base
-cp -r ../../../../build/arithmetic/dparallel ../../arithmetic-5m-dparallel
+cp -r ../../../../build/arithmetic/longer ../../arithmetic-5m-dparallel
