@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import runpy
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer
 
+import accel
 from accel.artifacts import Found, list_artifacts, open_artifact, verify
+from accel.bench import passkey
 from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MASKED, DEFAULT_MASKED_BASE, DEFAULT_MODEL
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Parameters
@@ -21,6 +26,7 @@ EMBEDDED = list_artifacts([ZOO])
 # what another one's recipe makes too
 RECIPES = {
     "smollm2-135m-railway": DEFAULT_CARTRIDGE,
+    "retrieval-1m-lawcat": "retrieval-1m",
     DEFAULT_MASKED: "arithmetic-5m",
     DEFAULT_MASKED_BASE: "arithmetic-5m",
 }
@@ -44,8 +50,40 @@ def test_its_recipe_is_the_command_that_made_it(found: Found) -> None:
     made = open_artifact(found.path).manifest.made
     script = (_recipe(found) / "make.sh").read_text(encoding="utf-8")
     lines = script.replace("\\\n", " ").replace('"$@"', "").splitlines()
-    assert shlex.split(made["command"]) in [shlex.split(line) for line in lines if line.lstrip().startswith("accel ")]
+    assert shlex.split(made["command"]) in [
+        shlex.split(line) for line in lines if line.lstrip().startswith(("accel ", "python "))
+    ]
     assert made["seed"] is not None and made["data_digest"]
+
+
+def test_the_linear_retrieval_model_is_a_small_delta_on_the_softmax_one() -> None:
+    teacher, student = (open_artifact(ZOO / name) for name in ("retrieval-1m", "retrieval-1m-lawcat"))
+    assert teacher.manifest.kind == "model" and teacher.manifest.measured["parameters"] < 5_000_000
+    config = json.loads(teacher.file("config.json").read_text(encoding="utf-8"))
+    assert student.manifest.base == teacher.manifest.base
+    assert student.manifest.parameters["spec"]["layers"] == list(range(config["num_hidden_layers"]))
+    assert sum(each.bytes for each in student.manifest.files.values()) < 4_000_000
+
+
+def test_the_linear_retrieval_model_finds_pass_keys_at_eight_times_the_length_it_was_trained_at() -> None:
+    found = accel.load("retrieval-1m", ["retrieval-1m-lawcat"])
+    length = open_artifact(ZOO / "retrieval-1m-lawcat").manifest.measured["training_length"]
+    chance = random.Random(5)
+    tasks = [passkey.passkey(chance, 8 * length, found.tokenizer) for _ in range(10)]
+    said = found.model.generate(torch.tensor([task.ids for task in tasks]), max_new_tokens=6, do_sample=False)
+    replies = found.tokenizer.batch_decode(said[:, 8 * length :])
+    assert sum(task.right(reply) for task, reply in zip(tasks, replies, strict=True)) >= 9
+
+
+def test_no_lesson_of_the_retrieval_model_has_a_held_out_number() -> None:
+    recipe = runpy.run_path(str(ZOO / "recipes" / "retrieval-1m" / "tasks.py"))
+    tokenizer = AutoTokenizer.from_pretrained(ZOO / "retrieval-1m")
+    chance = random.Random(0)
+    for _ in range(100):
+        lesson = recipe["lesson"](chance, 128, tokenizer, recipe["KINDS"])
+        assert sum(len(tokenizer(part)["input_ids"]) for part in lesson.values()) == 127
+        numbers = re.findall(r"\b\d{5}\b", lesson["text"] + lesson["answer"])
+        assert numbers and not any(map(recipe["held_out"], numbers))
 
 
 def test_the_default_draft_is_small_and_for_the_default_model() -> None:

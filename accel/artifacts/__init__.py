@@ -11,7 +11,7 @@ from accel.artifacts.digest import (
 )
 from accel.artifacts.manifest import FORMAT_VERSION, KINDS, MANIFEST_NAME, BaseModel, FileEntry, Manifest
 from accel.artifacts.resolve import Found, cache_folder, default_roots, find_artifact, list_artifacts, resolve
-from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, update, verify
+from accel.artifacts.store import Artifact, check_base, open_artifact, read_manifest, save, saved_files, update, verify
 
 __all__ = [
     "FORMAT_VERSION",
@@ -37,6 +37,7 @@ __all__ = [
     "read_manifest",
     "resolve",
     "save",
+    "saved_files",
     "stable_settings",
     "tokenizer_digest",
     "update",

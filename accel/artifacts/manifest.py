@@ -16,7 +16,7 @@ from accel.errors import ArtifactError
 
 MANIFEST_NAME = "accel.json"
 FORMAT_VERSION = 1
-KINDS = ("cartridge", "demos", "dparallel", "draft", "lawcat")
+KINDS = ("cartridge", "demos", "dparallel", "draft", "lawcat", "model")
 # data only: nothing here is ever executed or unpickled by a reader
 FILE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md")
 

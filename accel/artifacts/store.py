@@ -21,7 +21,7 @@ from torch import Tensor
 
 from accel.artifacts.checks import Check, content_check, leaves_folder, non_finite, structure_checks
 from accel.artifacts.digest import config_digest, file_digest, tokenizer_digest, vocabulary_size
-from accel.artifacts.manifest import MANIFEST_NAME, FileEntry, Manifest, check_file_name
+from accel.artifacts.manifest import FILE_SUFFIXES, MANIFEST_NAME, FileEntry, Manifest, check_file_name
 from accel.errors import ArtifactError
 
 _LARGEST_MANIFEST = 16 * 2**20
@@ -88,6 +88,23 @@ def save(
         return files | {name: _write(work, name, text.encode()) for name, text in texts.items()}
 
     return _make(target, manifest, fill)
+
+
+def saved_files(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """What transformers saved in ``folder``, model and tokenizer, as `save` takes it: tensors and texts by file."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    texts: dict[str, str] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_dir():
+            continue
+        if name.endswith(".safetensors"):
+            tensors[name] = safetensors.torch.load_file(path)
+        elif name.endswith(FILE_SUFFIXES):
+            texts[name] = path.read_text(encoding="utf-8")
+        elif not (folder / "tokenizer.json").is_file():
+            raise ArtifactError(f"the tokenizer needs {name}, which an artifact may not hold: use its fast version")
+    return tensors, texts
 
 
 def update(artifact: Artifact, manifest: Manifest, texts: Mapping[str, str]) -> Artifact:

@@ -1,4 +1,4 @@
-"""A name, folder or hub id → a transformers model and its tokenizer, on a device and in a type.
+"""A name, folder, artifact or hub id → a transformers model and its tokenizer, on a device and in a type.
 
 The only place that asks transformers to load something. Never runs code that comes with a checkpoint.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from accel.artifacts import find_artifact, open_artifact
 from accel.errors import AccelError, ModelError, OptionError, first_line
 from accel.models.aliases import ALIASES, local_folder, progress_only_on_terminal
 
@@ -37,6 +38,8 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+# kinds of artifacts that are a folder of transformers
+WHOLE = ("dparallel", "model")
 # a LoRA adapter as PEFT saves it
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _HUB_TIMEOUT_SECONDS = 10.0
@@ -45,7 +48,8 @@ _HUB_TIMEOUT_SECONDS = 10.0
 def load_model(
     name_or_path: str | os.PathLike[str], *, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> tuple[Any, Any]:
-    """(model in eval mode, tokenizer or None). An alias is looked up first, then a folder, then the hub.
+    """(model in eval mode, tokenizer or None). An alias is looked up first, then a folder, then an artifact
+    that is a whole model (its kind is ``model`` or ``dparallel``), then the hub.
 
     ``device`` "auto" is cuda where there is one, else cpu. ``dtype`` "auto" is float32 on a CPU and the checkpoint's
     own elsewhere. A hub model that is already on this machine is used as it is, without asking for a newer one.
@@ -60,6 +64,11 @@ def load_model(
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         return _load(str(folder), place, precision, local_only=True)
+    if (found := find_artifact(name)) is not None:
+        artifact = open_artifact(found)
+        if artifact.kind not in WHOLE:
+            raise ModelError(f"{name} is a {artifact.kind} artifact and no model: give it with a model, {_choices()}")
+        return _load(str(artifact.path), place, precision, local_only=True)
     if not _HUB_ID.fullmatch(name):
         raise ModelError(f"no model {name!r}: there is no such folder; {_choices()}")
     try:

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from accel.errors import ModelError, OptionError
+from accel.artifacts import Manifest, describe_base, save, saved_files
+from accel.errors import ArtifactError, ModelError, OptionError
 from accel.models import loading
 from accel.models.aliases import DEFAULT_MODEL
 from accel.models.loading import load_model, resolve_device, resolve_dtype
@@ -94,6 +95,25 @@ def test_alias(with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [DEFAULT_MODEL]
     assert model.config.hidden_size == 8
     assert tokenizer is not None
+
+
+def test_an_artifact_that_is_a_whole_model(
+    with_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCEL_ARTIFACTS", str(tmp_path))
+    base = describe_base(LlamaConfig(vocab_size=8), name="tiny")
+    made = save(tmp_path / "tiny", Manifest(kind="model", base=base), *saved_files(with_tokenizer))
+    model, tokenizer = load_model("tiny", device="cpu")
+    assert model.config.hidden_size == 8 and tokenizer("a")["input_ids"] == [1]
+    (made.path / "stray.txt").touch()
+    with pytest.raises(ArtifactError, match="stray"):
+        load_model("tiny", device="cpu")
+
+
+def test_an_artifact_that_is_no_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCEL_ARTIFACTS", str(tmp_path))
+    save(tmp_path / "part", Manifest(kind="draft", base=describe_base(LlamaConfig(vocab_size=8), name="tiny")), {})
+    assert "part is a draft artifact" in refusal("part")
 
 
 def test_no_bars_in_a_log(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,12 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import torch
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, BaseModel, Manifest, save, update
-from accel.artifacts.manifest import FILE_SUFFIXES
+from accel.artifacts import Artifact, BaseModel, Manifest, save, saved_files, update
 from accel.distill.weights import DTYPES
 from accel.errors import ArtifactError
 from accel.models.aliases import progress_only_on_terminal
@@ -53,7 +50,7 @@ def write(
         with progress_only_on_terminal():
             saved.save_pretrained(draft, max_shard_size=_SHARD)
         tokenizer.save_pretrained(draft)
-        tensors, texts = _files(draft)
+        tensors, texts = saved_files(draft)
         manifest = Manifest(
             kind=KIND,
             base=base,
@@ -64,22 +61,6 @@ def write(
         return save(folder, manifest, tensors, texts)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
-
-
-def _files(folder: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, str]]:
-    tensors: dict[str, dict[str, torch.Tensor]] = {}
-    texts: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
-        if path.is_dir():
-            continue
-        if name.endswith(".safetensors"):
-            tensors[name] = safetensors.torch.load_file(path)
-        elif name.endswith(FILE_SUFFIXES):
-            texts[name] = path.read_text(encoding="utf-8")
-        elif not (folder / "tokenizer.json").is_file():
-            raise ArtifactError(f"the tokenizer needs {name}, which an artifact may not hold: use its fast version")
-    return tensors, texts
 
 
 def facts_in(artifact: Artifact) -> DiffusionFacts:

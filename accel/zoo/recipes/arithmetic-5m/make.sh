@@ -14,7 +14,8 @@ for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27
 head -n 12000 all.jsonl > problems.jsonl
 cd ../../accel/zoo/recipes/arithmetic-5m
 test -d ../../../../build/arithmetic/causal ||
-  python causal.py --prompts ../../../../build/arithmetic/train.jsonl --output ../../../../build/arithmetic/causal
+  python ../causal.py --prompts ../../../../build/arithmetic/train.jsonl --whole-numbers \
+    --vocabulary 1024 --steps 800 --output ../../../../build/arithmetic/causal
 test -d ../../../../build/arithmetic/base ||
   accel distill a2d ../../../../build/arithmetic/causal --prompts ../../../../build/arithmetic/train.jsonl --shift \
     --block-length 16 --max-new-tokens 48 --noise block --steps 1500 --batch-tokens 4096 --learning-rate 5e-4 \
