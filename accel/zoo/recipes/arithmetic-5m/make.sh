@@ -7,7 +7,7 @@ mkdir -p ../../../../build/arithmetic
 python problems.py --count 80500 --seed 0 > ../../../../build/arithmetic/all.jsonl
 python problems.py --sums > ../../../../build/arithmetic/sums.jsonl
 cd ../../../../build/arithmetic
-tail -n 500 all.jsonl > dev.jsonl
+tail -n 250 all.jsonl > dev.jsonl
 head -n 80000 all.jsonl > train.jsonl
 # every sum thirty times among them: what is asked for least often is learned last
 for _ in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30; do cat sums.jsonl; done >> train.jsonl
@@ -35,6 +35,7 @@ test -d ../../../../build/arithmetic/longer ||
   accel distill dparallel ../../../../build/arithmetic/dparallel --prompts ../../../../build/arithmetic/lessons.jsonl --data file \
     --noise block --lora-rank 0 --max-new-tokens 48 --steps 800 --batch-tokens 4096 --learning-rate 4e-4 --held-out 0.005 \
     --max-disk 3GB --seed 1 --output ../../../../build/arithmetic/longer
-accel distill calibrate ../../../../build/arithmetic/longer --prompts ../../../../build/arithmetic/dev.jsonl
+accel distill calibrate ../../../../build/arithmetic/longer --prompts ../../../../build/arithmetic/dev.jsonl \
+  --thresholds 0.5,0.6,0.7,0.8 --rows 32
 cp -r ../../../../build/arithmetic/base ../../arithmetic-5m-base
 cp -r ../../../../build/arithmetic/longer ../../arithmetic-5m-dparallel
