@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from itertools import islice
 
 import pytest
@@ -118,3 +120,26 @@ def test_a_view_stays_while_its_column_grows():
         column.append(unit((50, 16), generator).half())
     assert len(column) == 503 and torch.equal(view.exact, before)
     assert torch.equal(column.view().exact[:3], before)
+
+
+@pytest.mark.slow
+def test_recall_and_time_of_a_hundred_thousand(record_property):
+    """Every window with texts of its own: the most that a scan of 10^5 can cost. The time is recorded, not judged."""
+    fields, _, _ = made(100_000, size=384, texts=100_000)
+    fields = Fields(fields.columns, {name: torch.arange(100_000) for name in NAMES})
+    allowed = torch.ones(100_000, dtype=torch.bool)
+    asked = unit((10, 3, 384), torch.Generator().manual_seed(3))
+    columns = (fields.columns[name].exact.float() @ asked[:, number].T for number, name in enumerate(NAMES))
+    scores = sum(columns, torch.zeros(100_000, 10))
+    hits, seconds, cpu_seconds = 0, [], []
+    for exact, vectors in zip(scores.T, asked, strict=True):
+        queries = dict(zip(NAMES, vectors, strict=True))
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = {window for window, _ in islice(fields.ranked(queries, allowed), 6)}
+        seconds.append(time.perf_counter() - wall)
+        cpu_seconds.append(time.process_time() - cpu)
+        hits += len(found & set(exact.topk(6).indices.tolist()))
+    record_property("milliseconds", 1e3 * statistics.median(seconds))
+    record_property("cpu_milliseconds", 1e3 * statistics.median(cpu_seconds))
+    record_property("recall", hits / 60)
+    assert hits / 60 >= 0.99
