@@ -20,13 +20,14 @@ STUDENT, TEACHER = "student", "teacher"
 class Attempt:
     """One model asked once, for one sample or several. A rejected one is charged like any other.
 
-    ``price`` None: nobody said what the model costs; the request's cost is then unknown too, and not zero.
+    ``price`` None: nobody said what the model costs; ``usage`` None: the model did not say what it read and wrote. The
+    request's cost is then unknown too, and not zero.
     ``error``: why there is no answer; its tokens are those that the model reported before it failed.
     """
 
     model: str
     role: str
-    usage: Usage
+    usage: Usage | None
     seconds: float
     price: Price | None
     samples: int = 1
@@ -53,7 +54,7 @@ class Attempt:
             "rejected": self.rejected,
             "error": self.error,
             "seconds": self.seconds,
-            **vars(self.usage),
+            **({} if self.usage is None else vars(self.usage)),
             "price": None if self.price is None else self.price.as_dict(),
             "cost": self.cost,
         }
@@ -80,7 +81,8 @@ class Ledger:
 
     @property
     def usage(self) -> Usage:
-        return sum((attempt.usage for attempt in self.attempts), Usage())
+        """Tokens of all attempts that told theirs."""
+        return sum((attempt.usage for attempt in self.attempts if attempt.usage is not None), Usage())
 
     @property
     def teacher_only(self) -> float | None:

@@ -41,9 +41,9 @@ class Usage:
 
 
 class Price(Protocol):
-    """Dollars for an attempt."""
+    """Dollars for an attempt; None where what it depends on is unknown."""
 
-    def dollars(self, usage: Usage, seconds: float) -> float: ...
+    def dollars(self, usage: Usage | None, seconds: float) -> float | None: ...
 
     def as_dict(self) -> dict[str, float]: ...
 
@@ -66,7 +66,9 @@ class TokenPrice:
             if value is not None or name != "cached_input":
                 _check_dollars(name, value)
 
-    def dollars(self, usage: Usage, seconds: float = 0.0) -> float:
+    def dollars(self, usage: Usage | None, seconds: float = 0.0) -> float | None:
+        if usage is None:
+            return None
         cached = self.input if self.cached_input is None else self.cached_input
         fresh = usage.input_tokens - usage.cached_tokens
         # multiplied before it is divided: whole cents stay whole
@@ -85,14 +87,14 @@ class HourPrice:
     def __post_init__(self) -> None:
         _check_dollars("per_hour", self.per_hour)
 
-    def dollars(self, usage: Usage, seconds: float) -> float:
+    def dollars(self, usage: Usage | None, seconds: float) -> float | None:
         return self.per_hour * seconds / 3600
 
     def as_dict(self) -> dict[str, float]:
         return {"per_hour": self.per_hour}
 
 
-FREE = TokenPrice(0.0, 0.0, 0.0)
+FREE = HourPrice(0.0)
 
 # List prices of October 2025, without discounts for batches. Prices change: a user's own file goes first.
 LISTED: Mapping[str, Price] = {

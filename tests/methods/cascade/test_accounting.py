@@ -76,6 +76,11 @@ def test_an_unknown_price_is_unknown_and_not_zero():
     totals.add(ledger)
     assert (totals.cost, totals.teacher_only, totals.saved, totals.relative_cost) == (None, 0.006, None, None)
     assert Ledger((student(),), "mini").saved is None
+    # a model that did not say what it read: unknown by the token, known by the hour
+    silent = Ledger((student(usage=None), teacher()), "sonnet")
+    assert silent.cost is None and silent.usage == Usage(800, 0, 40)
+    assert "input_tokens" not in silent.attempts[0].as_dict()
+    assert Ledger((student(usage=None, price=HourPrice(3600.0)),), "mini").cost == 0.5
 
 
 def test_totals_count_who_answered():
