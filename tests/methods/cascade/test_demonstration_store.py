@@ -16,6 +16,7 @@ from cascade_fakes import WordEmbedder, demonstration
 from refusals import refusal
 
 from accel.methods.cascade.store import Added, Demonstration, DemonstrationStore, Situation, Step
+from accel.methods.cascade.store import database as database_module
 
 
 @pytest.fixture
@@ -120,6 +121,9 @@ def test_no_trajectory_and_no_text_twice(store):
     found = store.retrieve(Situation(goal="g", observation="see look"), 5, window=2)
     assert [each.steps[0].action for each in found] == ["look", "leave"]
     assert len(store.retrieve(Situation(goal="g", observation="see look"), 5, window=9)) == 3
+    # other steps of a demonstration that was shown are no further demonstrations
+    store.add([demonstration("h", "one", "two", "three")])
+    assert goals(store.retrieve(Situation(goal="h"), 2, window=1)) == ["h", "g"]
 
 
 def test_one_store_sees_what_another_adds_and_takes_out(tmp_path):
@@ -132,6 +136,8 @@ def test_one_store_sees_what_another_adds_and_takes_out(tmp_path):
         assert goals(other.retrieve(Situation(goal="c"), 1)) == ["c"]
         assert other.remove(episode="e1") == 1 and other.remove(episode="e1") == 0
         assert set(goals(one.retrieve(Situation(goal="a"), 3))) == {"b", "c"}
+        # and it is searched no longer
+        assert len(one._loaded.ids) == 2
         # a text whose vector went with it comes back
         one.add([demonstration("a")])
         assert goals(other.retrieve(Situation(goal="a"), 1)) == ["a"] and len(one) == 3
@@ -225,6 +231,7 @@ def writer(root, path, name, number):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_processes_lose_nothing(tmp_path, root):
     path = tmp_path / "demos.sqlite"
     writers = [writer(root, path, f"p{n}", 15) for n in range(3)]
@@ -248,8 +255,9 @@ def test_a_forked_process_opens_the_file_anew(tmp_path):
         if child == 0:
             # no torch here: its threads did not come along
             gone = database.remove([1])
-            os._exit(10 + gone + database.count())
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11
+            # the parent's connection was put aside, neither used nor closed
+            os._exit(10 + gone + database.count() + 5 * len(database_module._INHERITED))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 16
         assert len(store) == 0 and store.add([made]) == Added(1, 0)
         check_whole(store.path)
 

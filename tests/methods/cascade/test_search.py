@@ -94,7 +94,7 @@ def test_what_the_scan_gets_wrong_is_put_right(monkeypatch):
 
     def worse(self, query):
         scores = scan(self, query)
-        return scores + 0.05 * torch.randn(scores.shape, generator=noise)
+        return scores + 0.2 * torch.randn(scores.shape, generator=noise)
 
     monkeypatch.setattr(search.ColumnView, "scan", worse)
     found = [window for window, _ in islice(fields.ranked(queries, allowed), 20)]
