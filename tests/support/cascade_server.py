@@ -126,7 +126,7 @@ def drips_body(handler: Handler, _: object) -> None:
 
 def breaks_off(handler: Handler, _: object) -> None:
     """Half of an answer."""
-    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"choices\": [")
+    handler.wfile.write(b'HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"choices": [')
     handler.connection.shutdown(socket.SHUT_RDWR)
 
 
