@@ -36,6 +36,6 @@ test -d ../../../../build/arithmetic/longer ||
     --noise block --lora-rank 0 --max-new-tokens 48 --steps 800 --batch-tokens 4096 --learning-rate 4e-4 --held-out 0.005 \
     --max-disk 3GB --seed 1 --output ../../../../build/arithmetic/longer
 accel distill calibrate ../../../../build/arithmetic/longer --prompts ../../../../build/arithmetic/dev.jsonl \
-  --thresholds 0.5,0.6,0.7,0.8 --rows 32
+  --budget 2 --thresholds 0.5,0.6,0.7,0.8 --rows 32
 cp -r ../../../../build/arithmetic/base ../../arithmetic-5m-base
 cp -r ../../../../build/arithmetic/longer ../../arithmetic-5m-dparallel
