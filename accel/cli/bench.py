@@ -13,9 +13,11 @@ from click.core import ParameterSource
 from accel.cli.common import (
     DEFAULT_CARTRIDGE,
     DEFAULT_DRAFT,
+    DEFAULT_LAWCAT,
     DEFAULT_MASKED,
     DEFAULT_MASKED_BASE,
     DEFAULT_MODEL,
+    DEFAULT_RETRIEVAL,
     Progress,
     command_line,
     use_threads,
@@ -155,7 +157,7 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
     _refuse_unused(context, suite)
-    model = model or (DEFAULT_MASKED if suite == "dparallel" else DEFAULT_MODEL)
+    model = model or {"dparallel": DEFAULT_MASKED, "lawcat": DEFAULT_RETRIEVAL}.get(suite, DEFAULT_MODEL)
     if suite == "steps":
         _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
     elif suite == "cartridge":
@@ -342,7 +344,8 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
 
 
 def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
-    if len(given["artifacts"]) != 1:
+    artifacts = given["artifacts"] or ((DEFAULT_LAWCAT,) if model == DEFAULT_RETRIEVAL else ())
+    if len(artifacts) != 1:
         raise OptionError("suite 'lawcat' holds one conversion against MODEL: name it with -a")
     if len(given["corpora"]) > 1:
         raise OptionError(f"--corpus {', '.join(map(str, given['corpora']))}: suite 'lawcat' takes one text")
@@ -355,7 +358,7 @@ def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
         chosen["corpus"] = given["corpora"][0]
     plan = lawcat.Plan(
         model=model,
-        artifact=given["artifacts"][0],
+        artifact=artifacts[0],
         questions=given["prompt_file"],
         **chosen,
         **{name: given[name] for name in ("digits", "seed", "device", "dtype", "output")},

@@ -29,6 +29,9 @@ DEFAULT_CARTRIDGE = "smollm2-135m-handbook"
 # the masked-diffusion model that ships with accel, and what it was distilled from
 DEFAULT_MASKED = "arithmetic-5m-dparallel"
 DEFAULT_MASKED_BASE = "arithmetic-5m-base"
+# a small softmax model, and linear attention for it
+DEFAULT_RETRIEVAL = "retrieval-1m"
+DEFAULT_LAWCAT = "retrieval-1m-lawcat"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
