@@ -29,19 +29,19 @@ Messages = Sequence[dict[str, str]]
 def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None, **options: Any) -> PreTrainedModel:
     """Accelerate ``model.generate()`` from now on; returns the same model.
 
-    ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft (a causal one, or
-    a masked-diffusion one with this model's tokenizer), or a ``Drafter``; and any number of cartridges (paths, ids,
-    ``Cartridge`` objects), which stand in front of every prompt in the order given unless a call says
+    ``artifacts``: a path or id of an artifact, an ``Artifact``, a transformers model used as a draft (a causal one,
+    or a masked-diffusion one with this model's tokenizer), or a ``Drafter``; and any number of cartridges (paths,
+    ids, ``Cartridge`` objects), which stand in front of every prompt in the order given unless a call says
     ``generate(…, cartridges=[…])``; or one LAWCAT conversion, which replaces softmax layers by linear ones until
     ``detach`` (``lawcat="draft"``: in a draft that shares the model's weights, and the model stays as it is;
-    ``"auto"``: in calls that are answered sooner that way, as timed here; a number: for prompts of so many tokens or
-    more). ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain"; "dparallel" for masked-diffusion models, which have no other and
-    take no artifacts. ``options``: the method's own (listed by ``accel methods``), and
-    for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear": how fp32 linear layers run
-    on a CPU). ``log``: a file to which each finished row's prompt and new tokens are appended, for ``accel distill
-    draft``; ``log_max_bytes`` (100 MB) bounds it and the older ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it
-    name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in memory: those that no call reads are dropped
-    and read again when needed.
+    ``"auto"``: in calls that are answered sooner that way, as timed here; a number: for prompts of so many tokens
+    or more). ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain"; "dparallel"
+    for masked-diffusion models, which have no other and take no artifacts. ``options``: the method's own (listed by
+    ``accel methods``), and for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear":
+    how fp32 linear layers run on a CPU). ``log``: a file to which each finished row's prompt and new tokens are
+    appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it and the older ``NAME.1.SUFFIX``
+    together, and ``tokenizer`` makes it name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in
+    memory: those that no call reads are dropped and read again when needed.
     """
     before = model.__dict__.get(STATE)
     # what is new must see the model itself, and not what the one before put into it

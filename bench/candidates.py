@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accel.artifacts import Manifest, read_manifest, resolve
+from accel.artifacts import Artifact, Manifest
 from accel.bench.arms import PLAIN
 from accel.drafters.small_lm import SmallLMDrafter
 from accel.engine.drafts import drafter_from
+from accel.engine.given import opened
 from accel.errors import OptionError
 
 NEXT_TOKEN = "next token"
@@ -50,12 +51,11 @@ def names_of(sources: Sequence[str]) -> list[str]:
 
 def load(source: str, name: str, model: Any) -> Candidate:
     """A draft artifact, or a folder with a small transformers model, for ``model``."""
-    drafter = drafter_from(source, model)
+    given = opened(source)
+    drafter = drafter_from(given, model)
     if not isinstance(drafter, SmallLMDrafter):
         raise OptionError(f"{source} is no draft model: this suite compares language models that draft")
-    folder = Path(source)
-    is_model = (folder / "config.json").exists() and not (folder / "accel.json").exists()
-    made = {} if is_model else _made(read_manifest(resolve(source)))
+    made = _made(given.manifest) if isinstance(given, Artifact) else {}
     config = drafter.model.config
     shape = "x".join(str(getattr(config, name, "?")) for name in _SIZES)
     facts = {

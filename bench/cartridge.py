@@ -25,6 +25,7 @@ from accel.bench.measure import clocked, left_padded, rotated
 from accel.bench.metrics import paired_speedup
 from accel.bench.report import table
 from accel.bench.workloads import Prompt, digest, encode, load_answered
+from accel.distill.files import read_document
 from accel.errors import AccelError, OptionError
 from accel.methods.cartridge import document, parity
 from accel.methods.cartridge.cartridge import Cartridge
@@ -95,7 +96,7 @@ class Context:
 def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     """Measure as ``plan`` says and return the document, which is also written to ``plan.output``."""
     prompts = _spread(load_answered(plan.questions), plan.limit)
-    texts = [_read(path) for path in plan.corpora]
+    texts = [read_document(path, "the document") for path in plan.corpora]
     names = list(dict.fromkeys(name for each in plan.artifacts for name in _members(each)))
     opened = {name: open_artifact(resolve(name)) for name in names}
     told("loading the model …")
@@ -184,13 +185,6 @@ def _spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
 def _members(given: str) -> list[str]:
     """The cartridges of one -a; a folder may have the sign in its own name."""
     return [given] if Path(given).exists() else given.split(BESIDE)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the document {path}: {error}") from error
 
 
 def _check_documents(plan: Plan, texts: Sequence[str], cartridges: Sequence[Cartridge]) -> None:

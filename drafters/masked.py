@@ -18,7 +18,7 @@ from accel.drafters.base import Ask, Draft
 from accel.drafters.growing import Growing
 from accel.drafters.rows import Rows
 from accel.errors import IncompatibleError
-from accel.kernels.unmask import Certainty, certainty, commit
+from accel.kernels.unmask import COUNTING_RULES, Certainty, certainty, commit
 from accel.models.diffusion import Denoiser
 
 
@@ -164,7 +164,7 @@ class MaskedDrafter:
         if passes_left <= 0:
             return count
         facts, device = self._facts, found.token.device
-        counts = facts.rule.startswith("top_k")
+        counts = facts.rule in COUNTING_RULES
         chosen = commit(
             Certainty(*(part[None] for part in found)),
             torch.ones(1, count, dtype=torch.bool, device=device),

@@ -27,6 +27,7 @@ BENCH_MAY = {
     "accel.distill",
     "accel.drafters.small_lm",
     "accel.engine.drafts",
+    "accel.engine.given",
     # an arm is attached again for each of its runs, as what it was before
     "accel.engine.attached",
     # the suite `cartridge` reads documents as recipes do, and proves the path before it measures

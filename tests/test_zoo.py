@@ -16,7 +16,15 @@ from transformers import AutoTokenizer
 import accel
 from accel.artifacts import Found, list_artifacts, open_artifact, verify
 from accel.bench import passkey
-from accel.cli.common import DEFAULT_CARTRIDGE, DEFAULT_DRAFT, DEFAULT_MODEL
+from accel.cli.common import (
+    DEFAULT_CARTRIDGE,
+    DEFAULT_DRAFT,
+    DEFAULT_LAWCAT,
+    DEFAULT_MASKED,
+    DEFAULT_MASKED_BASE,
+    DEFAULT_MODEL,
+    DEFAULT_RETRIEVAL,
+)
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import Parameters
 
@@ -24,11 +32,17 @@ ZOO = Path(__file__).parent.parent / "accel" / "zoo"
 DATA = ZOO.parent.parent / "bench" / "data"
 EMBEDDED = list_artifacts([ZOO])
 # what another one's recipe makes too
-RECIPES = {"smollm2-135m-railway": DEFAULT_CARTRIDGE, "retrieval-1m-lawcat": "retrieval-1m"}
+RECIPES = {
+    "smollm2-135m-railway": DEFAULT_CARTRIDGE,
+    "retrieval-1m-lawcat": "retrieval-1m",
+    DEFAULT_MASKED: "arithmetic-5m",
+    DEFAULT_MASKED_BASE: "arithmetic-5m",
+}
 
 
 def test_the_defaults_are_there() -> None:
-    assert {DEFAULT_DRAFT, DEFAULT_CARTRIDGE} <= {found.id for found in EMBEDDED}
+    masked, linear = {DEFAULT_MASKED, DEFAULT_MASKED_BASE}, {DEFAULT_RETRIEVAL, DEFAULT_LAWCAT}
+    assert {DEFAULT_DRAFT, DEFAULT_CARTRIDGE} | masked | linear <= {found.id for found in EMBEDDED}
 
 
 @pytest.mark.parametrize("found", EMBEDDED, ids=lambda found: found.id)
@@ -46,9 +60,25 @@ def test_its_recipe_is_the_command_that_made_it(found: Found) -> None:
     script = (_recipe(found) / "make.sh").read_text(encoding="utf-8")
     lines = script.replace("\\\n", " ").replace('"$@"', "").splitlines()
     assert shlex.split(made["command"]) in [
-        shlex.split(line) for line in lines if line.startswith(("accel ", "python "))
+        shlex.split(line) for line in lines if line.lstrip().startswith(("accel ", "python "))
     ]
     assert made["seed"] is not None and made["data_digest"]
+
+
+def test_the_distilled_masked_model_is_right_in_half_the_forwards_of_its_base() -> None:
+    lines = (DATA / "arithmetic.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    asked, forwards, right = [json.loads(line) for line in lines], {}, {}
+    for name in (DEFAULT_MASKED_BASE, DEFAULT_MASKED):
+        # both by the distilled one's threshold
+        threshold = open_artifact(ZOO / DEFAULT_MASKED).manifest.parameters["facts"]["threshold"]
+        found = accel.load(name, threshold=threshold)
+        forwards[name] = right[name] = 0
+        for row in asked:
+            said = found.chat(row["question"], max_new_tokens=48)
+            right[name] += said.rpartition("#### ")[2].strip() == row["answer"].rpartition("#### ")[2]
+            forwards[name] += found.stats.target_calls
+    assert forwards[DEFAULT_MASKED_BASE] > 1.8 * forwards[DEFAULT_MASKED]
+    assert right[DEFAULT_MASKED] >= 9 and right[DEFAULT_MASKED] >= right[DEFAULT_MASKED_BASE]
 
 
 def test_the_linear_retrieval_model_is_a_small_delta_on_the_softmax_one() -> None:

@@ -76,10 +76,12 @@ def vocabulary_size(config: Any) -> int:
     return size
 
 
-def describe_base(config: Any, tokenizer: Any = None, *, name: str, revision: str | None = None) -> BaseModel:
-    """The manifest's entry for a model that an artifact is being made for."""
+def describe_base(
+    config: Any, tokenizer: Any = None, *, name: str | None = None, revision: str | None = None
+) -> BaseModel:
+    """The manifest's entry for a model that an artifact is being made for; ``name`` None is what its config says."""
     return BaseModel(
-        name=name,
+        name=name or getattr(config, "_name_or_path", None) or "unnamed",
         revision=revision,
         config_digest=config_digest(config),
         tokenizer_digest=None if tokenizer is None else tokenizer_digest(tokenizer),

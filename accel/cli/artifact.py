@@ -1,4 +1,4 @@
-"""`accel artifact`: list, inspect and verify artifacts on this machine. Knows of methods only what verifying needs."""
+"""`accel artifact`: list, inspect, verify and convert artifacts. Knows of methods only what verifying needs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 
 from accel.artifacts import Check, list_artifacts, open_artifact, read_manifest, resolve
 from accel.artifacts import verify as verify_artifact
+from accel.cli.convert import convert
 from accel.errors import AccelError, OptionError
 
 # what the path of a cartridge is proved with: tokens of context, and rows of so many tokens behind it
@@ -40,7 +41,10 @@ def _size(num_bytes: int) -> str:
 
 @click.group()
 def artifact() -> None:
-    """List, inspect and verify distilled artifacts."""
+    """List, inspect, verify and convert distilled artifacts."""
+
+
+artifact.add_command(convert)
 
 
 @artifact.command("list")
@@ -94,57 +98,6 @@ def inspect(path: str, as_json: bool) -> None:
             click.echo(f"{title:10} {key}: {json.dumps(value, sort_keys=True)}")
     for name, entry in sorted(manifest.files.items()):
         click.echo(f"file       {name}  {_size(entry.bytes)}  sha256 {entry.sha256}")
-
-
-@artifact.command()
-@click.argument("source", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--model", metavar="NAME", required=True, help="The model that SOURCE was made for.")
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", required=True, help="Artifact to write.")
-@click.option(
-    "--format",
-    "layout",
-    default="auto",
-    show_default=True,
-    help="hazy (HazyResearch, both layouts), attention-matching, kvpress; auto goes by what the file holds.",
-)
-@click.option("--positions", type=int, help="Tokens of the original context, where SOURCE does not say it (kvpress).")
-@click.option(
-    "--template",
-    default="text",
-    show_default=True,
-    help="What it stands for in a prompt: text (in front of anything) or system (the chat's system message).",
-)
-@click.option("--dtype", default="auto", show_default=True, help="Of MODEL and file: auto, float32, bfloat16, float16.")
-@_AS_JSON
-def convert(
-    source: Path,
-    model: str,
-    output: Path,
-    layout: str,
-    positions: int | None,
-    template: str,
-    dtype: str,
-    as_json: bool,
-) -> None:
-    """Turn SOURCE, a cartridge or compressed cache of another project, into an artifact.
-
-    Pickle files are read by a restricted reader that builds tensors and plain containers alone.
-    """
-    from accel.methods.cartridge.convert import read
-    from accel.methods.cartridge.convert.adopt import adopt
-    from accel.models.loading import load_model
-
-    with _one_line():
-        foreign = read(source, layout)
-        loaded, tokenizer = load_model(model, device="cpu", dtype=dtype)
-        cartridge = adopt(foreign, output.name, loaded, tokenizer, template=template, positions=positions)
-        base = dataclasses.replace(cartridge.base, name=model)
-        made = {"source": source.name, **foreign.details}
-        written = dataclasses.replace(cartridge, base=base).save(output, made=made)
-    if as_json:
-        _print_json({"path": str(written.path), **dataclasses.asdict(written.manifest)})
-    else:
-        click.echo(f"{written.path}: {cartridge.num_tokens} slots, {foreign.details.get('format')}, for {model}")
 
 
 @artifact.command()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +13,14 @@ from click.core import ParameterSource
 from accel.cli.common import (
     DEFAULT_CARTRIDGE,
     DEFAULT_DRAFT,
+    DEFAULT_LAWCAT,
+    DEFAULT_MASKED,
+    DEFAULT_MASKED_BASE,
     DEFAULT_MODEL,
+    DEFAULT_RETRIEVAL,
     Progress,
+    command_line,
+    use_threads,
 )
 from accel.errors import OptionError, unknown_name
 
@@ -153,9 +157,7 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
     _refuse_unused(context, suite)
-    if suite == "dparallel" and not model:
-        raise OptionError("--suite dparallel without a MODEL: name a masked-diffusion model, a folder or an artifact")
-    model = model or DEFAULT_MODEL
+    model = model or {"dparallel": DEFAULT_MASKED, "lawcat": DEFAULT_RETRIEVAL}.get(suite, DEFAULT_MODEL)
     if suite == "steps":
         _bench_steps(model, given["threads"], given["device"], given["dtype"], given["as_json"], given["output"])
     elif suite == "cartridge":
@@ -226,7 +228,7 @@ def _suite(model: str, suite: str, settings: Settings, given: dict[str, Any]) ->
     common |= {"model": model, "suite": suite, "settings": settings}
     if not common["artifacts"] and model == DEFAULT_MODEL:
         common["artifacts"] = (DEFAULT_DRAFT,)
-    common["command"] = shlex.join(["accel", *sys.argv[1:]])
+    common["command"] = command_line()
     if suite == "drafts":
         compared = drafts.DraftsPlan(draft_lengths=_numbers("draft-length", given, int), **common)
         shown = drafts_report
@@ -268,9 +270,9 @@ def _bench_steps(model: str, threads: int | None, device: str, dtype: str, as_js
     from accel import detach, load
     from accel.bench import saving, steps
 
-    _use_threads(threads)
+    use_threads(threads)
     loaded = detach(load(model, device=device, dtype=dtype).model)
-    document = {"command": shlex.join(["accel", *sys.argv[1:]]), "model": model, **steps.measure(loaded)}
+    document = {"command": command_line(), "model": model, **steps.measure(loaded)}
     if output:
         saving.write(output, saving.dump(document))
     click.echo(saving.dump(document) if as_json else steps.terminal(document), nl=False)
@@ -288,7 +290,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
     from accel.bench import cartridge, saving
 
     corpus, questions = cartridge.EMBEDDED
-    _use_threads(given["threads"])
+    use_threads(given["threads"])
     chosen = {name: given[name] for name in ("max_new_tokens", "repeat") if given[name] is not None}
     if given["concurrency"] is not None:
         chosen["concurrency"] = _counts("concurrency", given)
@@ -302,7 +304,7 @@ def _bench_cartridge(model: str, given: dict[str, Any]) -> None:
         device=given["device"],
         dtype=given["dtype"],
         output=given["output"],
-        command=shlex.join(["accel", *sys.argv[1:]]),
+        command=command_line(),
     )
     with Progress() as progress:
         document = cartridge.carry_out(plan, progress)
@@ -321,7 +323,9 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
         drawn = output.with_suffix(".svg")
     if output and drawn == output:
         raise OptionError(f"--output {output}: the JSON document and the plot cannot be one file; name it .json")
-    _use_threads(given["threads"])
+    if not bases and model == DEFAULT_MASKED:
+        bases = (DEFAULT_MASKED_BASE,)
+    use_threads(given["threads"])
     chosen = {name: given[name] for name in ("limit", "max_new_tokens", "rows", "timed", "repeat", "device", "dtype")}
     plan = dparallel.Plan(
         model=model,
@@ -330,7 +334,7 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
         sweep=not given["no_sweep"],
         **{name: value for name, value in chosen.items() if value is not None},
         output=output,
-        command=shlex.join(["accel", *sys.argv[1:]]),
+        command=command_line(),
     )
     with Progress() as progress:
         document = dparallel.carry_out(plan, progress)
@@ -340,24 +344,25 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
 
 
 def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
-    if len(given["artifacts"]) != 1:
+    artifacts = given["artifacts"] or ((DEFAULT_LAWCAT,) if model == DEFAULT_RETRIEVAL else ())
+    if len(artifacts) != 1:
         raise OptionError("suite 'lawcat' holds one conversion against MODEL: name it with -a")
     if len(given["corpora"]) > 1:
         raise OptionError(f"--corpus {', '.join(map(str, given['corpora']))}: suite 'lawcat' takes one text")
     from accel.bench import lawcat, lawcat_report, plot, saving
 
-    _use_threads(given["threads"])
+    use_threads(given["threads"])
     chosen = {name: given[name] for name in ("limit", "max_new_tokens", "repeat") if given[name] is not None}
     chosen |= {name: _counts(name, given) for name in ("concurrency", "lengths") if given[name] is not None}
     if given["corpora"]:
         chosen["corpus"] = given["corpora"][0]
     plan = lawcat.Plan(
         model=model,
-        artifact=given["artifacts"][0],
+        artifact=artifacts[0],
         questions=given["prompt_file"],
         **chosen,
         **{name: given[name] for name in ("digits", "seed", "device", "dtype", "output")},
-        command=shlex.join(["accel", *sys.argv[1:]]),
+        command=command_line(),
     )
     with Progress() as progress:
         document = lawcat.carry_out(plan, progress)
@@ -366,13 +371,6 @@ def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
     if given["svg_file"]:
         saving.write(given["svg_file"], plot.page(lawcat_report.charts(document)))
     click.echo(saving.dump(document) if given["as_json"] else lawcat_report.terminal(document), nl=False)
-
-
-def _use_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        torch.set_num_threads(threads)
 
 
 def _counts(option: str, given: dict[str, Any]) -> tuple[int, ...]:
@@ -387,13 +385,13 @@ def _bench_kernels(arms: str | None, threads: int | None, device: str, as_json: 
     from accel.bench import saving
     from accel.bench.kernels import families, report, suite
 
-    _use_threads(threads)
+    use_threads(threads)
     started = time.monotonic()
     with Progress() as progress:
         document = suite.run(
             families.find_device(device),
             arms,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            command=command_line(),
             told=lambda done, total, case: progress(
                 f"{done}/{total} · {time.monotonic() - started:.0f} s · {case.family}: {case.name}"
             ),

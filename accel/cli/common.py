@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -26,6 +27,11 @@ DEFAULT_DRAFT = "smollm2-135m-draft"
 # and the cartridge
 DEFAULT_CARTRIDGE = "smollm2-135m-handbook"
 # the masked-diffusion model that ships with accel, and what it was distilled from
+DEFAULT_MASKED = "arithmetic-5m-dparallel"
+DEFAULT_MASKED_BASE = "arithmetic-5m-base"
+# a small softmax model, and linear attention for it
+DEFAULT_RETRIEVAL = "retrieval-1m"
+DEFAULT_LAWCAT = "retrieval-1m-lawcat"
 
 WORDS = {"true": True, "false": False, "none": None, "null": None}
 
@@ -118,33 +124,6 @@ def json_option(command: Command) -> Command:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")(command)
 
 
-def run_options(*, bounds: str, plan: str) -> Callable[[Command], Command]:
-    """What every recipe's command ends with: disk, precision and device of a run, its plan, ``--json``.
-
-    ``bounds``: what is on disk; ``plan``: what ``--plan`` shows.
-    """
-    options = [
-        click.option("--max-disk", default="2GB", show_default=True, help=f"Bound on {bounds}."),
-        click.option(
-            "--weights", default="bfloat16", show_default=True, help="Precision to save: bfloat16 or float32."
-        ),
-        click.option("--threads", type=int, help="CPU threads of torch."),
-        click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …"),
-        click.option(
-            "--dtype", default="auto", show_default=True, help="Of MODEL: auto, float32, bfloat16 or float16."
-        ),
-        click.option("--plan", "only_plan", is_flag=True, help=f"Show {plan}, and stop."),
-        json_option,
-    ]
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
 def output_option(command: Command) -> Command:
     """``--output FILE`` → ``output: Path | None``."""
     return click.option(
@@ -153,6 +132,20 @@ def output_option(command: Command) -> Command:
         metavar="FILE",
         help="Also write the JSON document to FILE.",
     )(command)
+
+
+def command_line() -> str:
+    """This call, as it may be typed again."""
+    return shlex.join(["accel", *sys.argv[1:]])
+
+
+def use_threads(threads: int | None) -> None:
+    """Give torch so many CPU threads; None leaves it as it is."""
+    if threads is not None:
+        # it takes seconds to import: not for --help
+        import torch
+
+        torch.set_num_threads(threads)
 
 
 def emit(document: Any, text: str, *, as_json: bool = False, output: Path | None = None) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from accel.cli import distill_lawcat, distill_masked
-from accel.cli.common import DEFAULT_MODEL, Progress, emit, parse_bytes, parse_layers, run_options
-from accel.errors import OptionError
+from accel.cli.common import DEFAULT_MODEL, parse_layers
+from accel.cli.recipes import Run, folder_options, prompts_option, run_options
 
 if TYPE_CHECKING:
     from accel.artifacts import Artifact
@@ -29,23 +27,8 @@ def distill() -> None:
 
 @distill.command("draft")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--prompts",
-    "prompt_files",
-    multiple=True,
-    required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="JSON lines with prompt, question, instruction (and input), turns, messages or text; or what `accel generate "
-    "--log` wrote, with its older NAME.1.SUFFIX. Repeatable.",
-)
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write.")
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Lessons and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
-)
+@prompts_option("; or what `accel generate --log` wrote, with its older NAME.1.SUFFIX")
+@folder_options(work="Lessons and checkpoints")
 @click.option("--shape", metavar="LxH", help="Layers and width of the draft. [default: 1x576]")
 @click.option("--layers", metavar="A,B,…", help="Make the draft of these layers of MODEL instead.")
 @click.option("--start", default="target", show_default=True, help="First embeddings: target (projected) or random.")
@@ -76,80 +59,43 @@ def distill() -> None:
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="At its peak.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, batches and first weights.")
 @run_options(bounds="lessons, checkpoints and artifact", plan="disk use and what drafts would cost here")
-def draft(
-    model: str,
-    prompt_files: tuple[Path, ...],
-    output: Path | None,
-    work: Path | None,
-    shape: str | None,
-    layers: str | None,
-    max_disk: str,
-    weights: str,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    only_plan: bool,
-    as_json: bool,
-    **choices: Any,
-) -> None:
+def draft(prompt_files: tuple[Path, ...], layers: str | None, **given: Any) -> None:
     """Make a draft model for MODEL from prompts like those that it will be asked.
 
     MODEL answers the prompts; a small student learns its distribution at every position and is measured on prompts
     that were held out. The result is an artifact for `accel generate -a` and `accel bench -a`. A run that was killed
     goes on when it is called again.
     """
-    if output is None and not only_plan:
-        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
-    if output is not None and output.exists() and not only_plan:
-        raise OptionError(f"{output} exists already: choose another folder")
+    run, choices = Run.of(given)
     # torch takes seconds to import: not for --help
-    import torch
-
     from accel.distill.prompts import read
     from accel.methods.speculative.distill.plan import prepare
     from accel.methods.speculative.distill.recipe import Recipe, distill_draft
-    from accel.models.loading import load_model
 
-    recipe = Recipe(
-        shape=shape,
-        layers=() if layers is None else parse_layers(layers),
-        max_bytes=parse_bytes(max_disk),
-        dtype=weights,
-        **choices,
-    )
+    recipe = Recipe(layers=() if layers is None else parse_layers(layers), **run.limits, **choices)
     prompts = read(prompt_files)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with Progress() as progress:
-        progress("loading the model …")
-        target, tokenizer = load_model(model, device=device, dtype=dtype)
-        if tokenizer is None:
-            raise OptionError(f"{model} brings no tokenizer: prompts cannot be read without one")
+    with run.loaded("prompts") as (progress, target, tokenizer):
         prepared = prepare(target, tokenizer, prompts, recipe)
-        if only_plan:
+        if run.only_plan:
             progress("measuring candidate shapes …")
             costs = _costs(target, recipe)
             document = prepared.as_dict() | {"candidates": costs["candidates"], "verify": costs["verify"]}
             progress("")
             head = "predicted speed-up @ draft length, by rate of acceptance α:"
-            emit(document, f"{_plan_text(prepared)}\n\n{head}\n{costs['table']}", as_json=as_json)
+            run.tell(document, f"{_plan_text(prepared)}\n\n{head}\n{costs['table']}")
             return
-        assert output is not None
         artifact = distill_draft(
             target,
             tokenizer,
             prompts,
             recipe,
-            work or output.with_name(output.name + ".work"),
-            output,
+            run.work_folder,
+            run.target,
             progress,
-            name=model,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            **run.signature,
             prepared=prepared,
         )
-    document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": artifact.manifest.measured}
-    document["made"] = artifact.manifest.made
-    emit(document, _report(artifact, prepared), as_json=as_json)
+    run.report(artifact, prepared, _report(artifact, prepared))
 
 
 @distill.command("cartridge")
@@ -163,18 +109,7 @@ def draft(
     metavar="FILE",
     help="The document, as UTF-8 text. Repeatable: cartridges of one call learn to stand together.",
 )
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    metavar="FOLDER",
-    help="The artifact to write; of several, their parent.",
-)
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Conversations and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
-)
+@folder_options(work="Conversations and checkpoints", output="The artifact to write; of several, their parent.")
 @click.option("--tokens", type=int, help="Slots of the cartridge: what stands in for the document.")
 @click.option("--compression", type=float, help="Or: tokens of the document for one slot, as in 16.")
 @click.option(
@@ -228,57 +163,32 @@ def draft(
 @click.option("--seed", type=int, default=0, show_default=True, help="Of questions, pieces, batches.")
 @run_options(bounds="conversations, checkpoints, artifacts", plan="tokens, slots and disk use")
 def cartridge(
-    model: str,
-    corpus_files: tuple[Path, ...],
-    output: Path | None,
-    work: Path | None,
-    begun: tuple[str, ...],
-    conversations: tuple[int, ...],
-    max_disk: str,
-    weights: str,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    only_plan: bool,
-    as_json: bool,
-    **choices: Any,
+    corpus_files: tuple[Path, ...], begun: tuple[str, ...], conversations: tuple[int, ...], **given: Any
 ) -> None:
     """Make a cartridge of a document: a small key-value cache that stands in for it in front of prompts."""
-    if output is None and not only_plan:
-        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
-    import torch
-
+    run, choices = Run.of(given, several=len(corpus_files) > 1)
     from accel.artifacts import open_artifact, resolve
     from accel.methods.cartridge.distill.recipe import Recipe, distill_cartridges, prepare, read_corpora, summary
-    from accel.models.loading import load_model
 
     asked = conversations[0] if len(conversations) == 1 else conversations
-    recipe = Recipe(conversations=asked, max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
+    recipe = Recipe(conversations=asked, **run.limits, **choices)
     corpora = read_corpora(corpus_files, recipe)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with Progress() as progress:
-        progress("loading the model …")
-        target, tokenizer = load_model(model, device=device, dtype=dtype)
-        if tokenizer is None:
-            raise OptionError(f"{model} brings no tokenizer: documents cannot be read without one")
+    with run.loaded("documents") as (progress, target, tokenizer):
         prepared = prepare(target, tokenizer, corpora, recipe)
-        if only_plan:
+        if run.only_plan:
             progress("")
-            emit(prepared.as_dict(), _cartridge_plan(prepared.as_dict()), as_json=as_json)
+            run.tell(prepared.as_dict(), _cartridge_plan(prepared.as_dict()))
             return
-        assert output is not None
-        outputs = [output] if len(corpora) == 1 else [output / each.name for each in corpora]
+        outputs = [run.target] if len(corpora) == 1 else [run.target / each.name for each in corpora]
         artifacts = distill_cartridges(
             target,
             tokenizer,
             corpora,
             recipe,
-            work or output.with_name(output.name + ".work"),
+            run.work_folder,
             outputs,
             progress,
-            name=model,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            **run.signature,
             prepared=prepared,
             begun=[open_artifact(resolve(each)) for each in begun],
         )
@@ -292,7 +202,7 @@ def cartridge(
         )
         for row in rows
     ]
-    emit({"artifacts": rows, **prepared.as_dict()}, "\n".join(lines), as_json=as_json)
+    run.tell({"artifacts": rows, **prepared.as_dict()}, "\n".join(lines))
 
 
 def _cartridge_plan(document: dict[str, Any]) -> str:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from accel.cli.common import DEFAULT_MODEL, Progress, emit, parse_bytes, parse_layers, run_options, table
-from accel.errors import ArtifactError, OptionError
+from accel.cli.common import DEFAULT_MODEL, parse_layers, table
+from accel.cli.recipes import Run, folder_options, prompts_option, run_options
+from accel.errors import OptionError
 
 
 def parse_rank(text: str) -> int | None:
@@ -24,15 +23,7 @@ def parse_rank(text: str) -> int | None:
 
 @click.command("lawcat")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--prompts",
-    "prompt_files",
-    multiple=True,
-    type=click.Path(dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="JSON lines with prompt, question, instruction (and input), turns, messages or text, and an answer behind it "
-    "where there is one: a document a line. Repeatable.",
-)
+@prompts_option(", and an answer behind it where there is one: a document a line", required=False)
 @click.option(
     "--corpus",
     "corpus_files",
@@ -41,13 +32,7 @@ def parse_rank(text: str) -> int | None:
     metavar="FILE",
     help="Plain text (UTF-8). Repeatable, also beside --prompts.",
 )
-@click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write.")
-@click.option(
-    "--work",
-    type=click.Path(file_okay=False, path_type=Path),
-    metavar="FOLDER",
-    help="Checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
-)
+@folder_options(work="Checkpoints")
 @click.option("--layers", metavar="A,B,…", help="Layers of MODEL to convert. [default: all]")
 @click.option(
     "--keep-softmax",
@@ -87,39 +72,23 @@ def parse_rank(text: str) -> int | None:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of first weights, rows and batches.")
 @run_options(bounds="checkpoints and artifact", plan="rows, layers and disk use")
 def lawcat(
-    model: str,
     prompt_files: tuple[Path, ...],
     corpus_files: tuple[Path, ...],
-    output: Path | None,
-    work: Path | None,
     layers: str | None,
     gate_rank: str,
     no_conv: bool,
     silu: bool,
     no_denominator: bool,
-    max_disk: str,
-    weights: str,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    only_plan: bool,
-    as_json: bool,
-    **choices: Any,
+    **given: Any,
 ) -> None:
     """Make linear attention for MODEL: a delta of a few MB that `accel generate -a` puts into it.
 
     Each converted layer first learns what the softmax layer in its place says; then additions of low rank learn with
     the whole model. A run that was killed goes on when it is called again.
     """
-    if output is None and not only_plan:
-        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
-    if output is not None and output.exists() and not only_plan:
-        raise ArtifactError(f"{output} exists already: choose another folder")
-    import torch
-
+    run, choices = Run.of(given)
     from accel.methods.lawcat.distill.recipe import Recipe, distill, prepare
     from accel.methods.lawcat.distill.texts import documents
-    from accel.models.loading import load_model
 
     recipe = Recipe(
         layers=None if layers is None else parse_layers(layers),
@@ -127,40 +96,28 @@ def lawcat(
         conv_width=0 if no_conv else 4,
         activation="silu" if silu else None,
         normalised=not no_denominator,
-        max_bytes=parse_bytes(max_disk),
-        dtype=weights,
+        **run.limits,
         **choices,
     )
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with Progress() as progress:
-        progress("loading the model …")
-        teacher, tokenizer = load_model(model, device=device, dtype=dtype)
-        if tokenizer is None:
-            raise OptionError(f"{model} brings no tokenizer: texts cannot be read without one")
+    with run.loaded("texts") as (progress, teacher, tokenizer):
         texts = documents(prompt_files, corpus_files, tokenizer, recipe.length)
         prepared = prepare(teacher, texts, recipe)
-        if only_plan:
+        if run.only_plan:
             progress("")
-            emit(prepared.as_dict(), _plan_text(prepared.as_dict()), as_json=as_json)
+            run.tell(prepared.as_dict(), _plan_text(prepared.as_dict()))
             return
-        assert output is not None
         artifact = distill(
             teacher,
             tokenizer,
             texts,
             recipe,
-            work or output.with_name(output.name + ".work"),
-            output,
+            run.work_folder,
+            run.target,
             progress,
-            name=model,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            **run.signature,
             prepared=prepared,
         )
-    measured = artifact.manifest.measured
-    document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": measured}
-    document["made"] = artifact.manifest.made
-    emit(document, f"{artifact.path}\n{_report(measured)}", as_json=as_json)
+    run.report(artifact, prepared, f"{artifact.path}\n{_report(artifact.manifest.measured)}")
 
 
 def _plan_text(plan: dict[str, Any]) -> str:

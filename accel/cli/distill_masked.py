@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
-from accel.cli.common import Progress, emit, json_option, parse_bytes, run_options, table
-from accel.errors import ArtifactError, OptionError
-
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-def _prompts_option(text: str) -> Callable[[Command], Command]:
-    return click.option(
-        "--prompts",
-        "prompt_files",
-        multiple=True,
-        required=True,
-        type=click.Path(dir_okay=False, path_type=Path),
-        metavar="FILE",
-        help=f"JSON lines with prompt, question, instruction (and input), turns, messages or text{text}. Repeatable.",
-    )
+from accel.cli.common import Command, Progress, command_line, emit, json_option, table, use_threads
+from accel.cli.recipes import Run, all_of, device_options, folder_options, prompts_option, run_options
+from accel.errors import OptionError
 
 
 def _recipe_options(**own: Any) -> Callable[[Command], Command]:
     """The options that both recipes have; ``own``: the defaults that differ."""
-    options = [
-        click.option("--output", type=click.Path(path_type=Path), metavar="FOLDER", help="The artifact to write."),
-        click.option(
-            "--work",
-            type=click.Path(file_okay=False, path_type=Path),
-            metavar="FOLDER",
-            help="Answers and checkpoints; a run that was killed goes on there. [default: OUTPUT.work]",
-        ),
+    return all_of(
+        folder_options(work="Answers and checkpoints"),
         click.option(
             "--data",
             default=own["data"],
@@ -56,8 +35,8 @@ def _recipe_options(**own: Any) -> Callable[[Command], Command]:
             default=own["noise"],
             show_default=True,
             help="What is hidden: half a block between clean and masked ones (blocks), half the answer (response), "
-            "both with the other half in a second view; or a random share of the answer, weighted by the bound on its "
-            "probability (diffusion) or not (maskgit).",
+            "both with the other half in a second view; or a random share: of the answer, weighted by the bound on its "
+            "probability (diffusion) or not (maskgit), or of one block between clean and masked ones (block).",
         ),
         click.option(
             "--canvas",
@@ -113,19 +92,12 @@ def _recipe_options(**own: Any) -> Callable[[Command], Command]:
         ),
         click.option("--seed", type=int, default=0, show_default=True, help="Of masks, batches and additions."),
         run_options(bounds="answers, checkpoints and artifact", plan="prompts, sizes and disk use"),
-    ]
-
-    def decorate(command: Command) -> Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
+    )
 
 
 @click.command("a2d")
 @click.argument("model")
-@_prompts_option(", with answers beside them unless --data self")
+@prompts_option(", with answers beside them unless --data self")
 @click.option(
     "--mask-token", metavar="TEXT", help="What stands for an open position. [default: the tokenizer's, or new]"
 )
@@ -146,7 +118,7 @@ def a2d(**given: Any) -> None:
 
 @click.command("dparallel")
 @click.argument("model")
-@_prompts_option(" and an answer")
+@prompts_option(" and an answer")
 @_recipe_options(data="self", check="final", noise="blocks", canvas="whole", beta=2.0, learning_rate=2e-5, lora_rank=32)
 def dparallel(**given: Any) -> None:
     """Make MODEL, a masked-diffusion model, certain of more tokens at once.
@@ -159,70 +131,37 @@ def dparallel(**given: Any) -> None:
     _distill(DParallel, **given)
 
 
-def _distill(
-    cls: Any,
-    *,
-    model: str,
-    prompt_files: tuple[Path, ...],
-    output: Path | None,
-    work: Path | None,
-    lora_targets: str,
-    max_disk: str,
-    weights: str,
-    threads: int | None,
-    device: str,
-    dtype: str,
-    only_plan: bool,
-    as_json: bool,
-    **choices: Any,
-) -> None:
-    if output is None and not only_plan:
-        raise OptionError("no --output: name the folder of the artifact, or ask for --plan")
-    if output is not None and output.exists() and not only_plan:
-        raise ArtifactError(f"{output} exists already: choose another folder")
-    import torch
-
+def _distill(cls: Any, *, prompt_files: tuple[Path, ...], lora_targets: str, **given: Any) -> None:
+    run, choices = Run.of(given)
     from accel.distill.prompts import read
     from accel.methods.dparallel.distill.recipe import distill, prepare
-    from accel.models.loading import load_model
 
     targets = tuple(part.strip() for part in lora_targets.split(",") if part.strip())
-    recipe = cls(lora_targets=targets, max_bytes=parse_bytes(max_disk), dtype=weights, **choices)
+    recipe = cls(lora_targets=targets, **run.limits, **choices)
     prompts = read(prompt_files)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    with Progress() as progress:
-        progress("loading the model …")
-        loaded, tokenizer = load_model(model, device=device, dtype=dtype)
-        if tokenizer is None:
-            raise OptionError(f"{model} brings no tokenizer: prompts cannot be read without one")
-        prepared = prepare(loaded, tokenizer, prompts, recipe)
-        if only_plan:
+    with run.loaded("prompts") as (progress, model, tokenizer):
+        prepared = prepare(model, tokenizer, prompts, recipe)
+        if run.only_plan:
             progress("")
-            emit(prepared.as_dict(), _plan_text(prepared.as_dict()), as_json=as_json)
+            run.tell(prepared.as_dict(), _plan_text(prepared.as_dict()))
             return
-        assert output is not None
         artifact = distill(
-            loaded,
+            model,
             tokenizer,
             prompts,
             recipe,
-            work or output.with_name(output.name + ".work"),
-            output,
+            run.work_folder,
+            run.target,
             progress,
-            name=model,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            **run.signature,
             prepared=prepared,
         )
-    measured = artifact.manifest.measured
-    document = {"artifact": str(artifact.path), **prepared.as_dict(), "measured": measured}
-    document["made"] = artifact.manifest.made
-    emit(document, f"{artifact.path}\n{_report(measured)}", as_json=as_json)
+    run.report(artifact, prepared, f"{artifact.path}\n{_report(artifact.manifest.measured)}")
 
 
 @click.command("calibrate")
 @click.argument("artifact")
-@_prompts_option(" and an answer")
+@prompts_option(" and an answer")
 @click.option(
     "--budget",
     type=float,
@@ -236,9 +175,7 @@ def _distill(
 )
 @click.option("--longest-prompt", type=int, default=256, show_default=True, help="Leave out prompts of more tokens.")
 @click.option("--rows", type=int, default=16, show_default=True, help="Prompts that decode together.")
-@click.option("--threads", type=int, help="CPU threads of torch.")
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:1, …")
-@click.option("--dtype", default="auto", show_default=True, help="Of the model: auto, float32, bfloat16 or float16.")
+@device_options("the model")
 @click.option("--dry-run", is_flag=True, help="Report, and leave the artifact as it is.")
 @click.option(
     "--plot",
@@ -268,15 +205,12 @@ def calibrate(
     then hold the chosen one, and the manifest the whole sweep.
     """
     tried = _numbers(thresholds)
-    import torch
-
     from accel.artifacts import resolve
     from accel.distill.prompts import read
     from accel.methods.dparallel.distill.calibrated import calibrate_artifact
 
     prompts = read(prompt_files)
-    if threads is not None:
-        torch.set_num_threads(threads)
+    use_threads(threads)
     with Progress() as progress:
         found, written = calibrate_artifact(
             resolve(artifact),
@@ -287,7 +221,7 @@ def calibrate(
             device=device,
             dtype=dtype,
             write=not dry_run,
-            command=shlex.join(["accel", *sys.argv[1:]]),
+            command=command_line(),
             progress=progress,
             **choices,
         )

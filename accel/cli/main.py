@@ -19,7 +19,7 @@ COMMANDS = {
     "generate": ("accel.cli.generate:generate", "Generate text with a model and its artifacts."),
     "bench": ("accel.cli.bench:bench", "Measure plain and accelerated decoding side by side."),
     "distill": ("accel.cli.distill:distill", "Make artifacts for a model from prompts."),
-    "artifact": ("accel.cli.artifact:artifact", "List, inspect and verify artifacts."),
+    "artifact": ("accel.cli.artifact:artifact", "List, inspect, verify and convert artifacts."),
     "methods": ("accel.cli.methods:methods", "Show the methods and their options."),
     "env": ("accel.cli.env:env", "Show versions, device, memory and folders."),
 }

@@ -22,6 +22,9 @@ from accel.errors import ArtifactError
 # the last one may be bad (a full disk): the one before it is kept
 KEPT = 2
 LOG = "log.jsonl"
+# bytes, at most: what a checkpoint or an artifact has beside its numbers (headers, small files), and a line of the log
+FRAME = 2**20
+_LINE = 512
 # points of the loss curve that an artifact keeps
 _CURVE = 100
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -86,6 +89,12 @@ class Checkpoints:
 
     def _path(self, step: int, suffix: str) -> Path:
         return self.folder / f"step-{step:08d}.{suffix}"
+
+
+def training_bytes(numbers: int, steps: int) -> int:
+    """The most that training so many numbers takes on disk: the checkpoints kept, one being written, and the log."""
+    # weights and two moments in fp32
+    return (KEPT + 1) * (12 * numbers + FRAME) + steps * _LINE
 
 
 class Log:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from accel import request_log
+from accel.distill.files import read_text
 from accel.errors import OptionError
 from accel.request_log import Logged
 
@@ -85,12 +86,8 @@ def _logged(path: Path, given: Sequence[Path]) -> Iterator[Prompt]:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    try:
-        # not splitlines(): a JSON string may hold U+2028 and its like as they are
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read prompts from {path}: {error}") from error
-    for number, line in enumerate(lines, 1):
+    # not splitlines(): a JSON string may hold U+2028 and its like as they are
+    for number, line in enumerate(read_text(path, "prompts from").split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", line
 

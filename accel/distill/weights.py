@@ -7,8 +7,15 @@ import hashlib
 import torch
 from transformers import PreTrainedModel
 
+from accel.artifacts import BaseModel
+
 # what a recipe may save in
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def describe_teacher(base: BaseModel, model: PreTrainedModel) -> dict[str, str]:
+    """What a manifest says of the model that was learned from: ``base``, and which checkpoint of it."""
+    return {"name": base.name, "config_digest": base.config_digest, "weights_digest": weights_digest(model)}
 
 
 def weights_digest(model: PreTrainedModel) -> str:

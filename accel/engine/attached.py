@@ -18,10 +18,13 @@ from accel.axes import Decoder
 from accel.drafters.base import Drafter
 from accel.engine.cartridges import Cartridges, Seat, notes
 from accel.engine.drafts import drafter_from
-from accel.engine.lawcats import by_length, claims, lawcat_for
+from accel.engine.given import opened, parted
+from accel.engine.lawcats import by_length, lawcat_for
 from accel.engine.transformers_call import Decoding, PreparedCall
 from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods import MethodInfo, get
+from accel.methods.cartridge.cartridge import Cartridge
+from accel.methods.lawcat.artifact import Lawcat
 from accel.models import cpu_linear
 from accel.models.diffusion import CONFIG_KEY, Denoiser, facts_of
 from accel.models.linear import target_for
@@ -70,11 +73,9 @@ class Attached:
         shared = {name: options.pop(name) for name in SHARED_OPTIONS if name in options}
         self.seed: int | None = _checked_seed(shared.get("seed"))
         self.cpu_linear: str = shared.get("cpu_linear", "auto")
-        converting = {index: found for index, each in enumerate(artifacts) if (found := claims(each)) is not None}
-        artifacts = [each for index, each in enumerate(artifacts) if index not in converting]
-        claimed = [Cartridges.claims(each) for each in artifacts]
-        drafts = [each for each, cartridge in zip(artifacts, claimed, strict=True) if cartridge is None]
-        lawcat = lawcat_for(list(converting.values()), model, shared.get("tokenizer"), shared.get("lawcat"))
+        conversions, others = parted(map(opened, artifacts), Lawcat)
+        cartridges, drafts = parted(others, Cartridge)
+        lawcat = lawcat_for(conversions, model, shared.get("tokenizer"), shared.get("lawcat"))
         if lawcat is not None:
             self._check_causal("linear attention")
         as_draft = shared.get("lawcat") == "draft"
@@ -94,11 +95,10 @@ class Attached:
             self._read_both_ways()
         self.draft = self._draft(drafts, shared.get("tokenizer"), shared.get("draft_tokenizer"))
         self.cartridges = Cartridges(model, self.draft, shared.get("tokenizer"), shared.get("cartridge_max_bytes"))
-        for cartridge in claimed:
-            if cartridge is not None:
-                self._check_causal("a cartridge")
-                self._check_softmax("a cartridge")
-                self.cartridges.attach(cartridge)
+        for cartridge in cartridges:
+            self._check_causal("a cartridge")
+            self._check_softmax("a cartridge")
+            self.cartridges.attach(cartridge)
         self.stats = Stats()
         self._said: set[str] = set()
         self._busy = False
@@ -524,5 +524,5 @@ def _request_log(model: PreTrainedModel, shared: dict[str, Any]) -> RequestLog |
         if limit is not None:
             raise OptionError(f"log_max_bytes={limit!r} without log: name the file that it bounds")
         return None
-    base = describe_base(model.config, shared.get("tokenizer"), name=model.config._name_or_path or "unnamed")
+    base = describe_base(model.config, shared.get("tokenizer"))
     return RequestLog(path, base) if limit is None else RequestLog(path, base, limit)

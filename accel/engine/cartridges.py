@@ -13,8 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, config_digest, open_artifact, resolve
+from accel.artifacts import Artifact, config_digest
 from accel.drafters.base import Drafter
+from accel.engine.given import opened, parted
 from accel.errors import ArtifactError, IncompatibleError, OptionError
 from accel.methods.cartridge.cartridge import Cartridge, check_fits, check_together
 from accel.methods.cartridge.store import CartridgeStore
@@ -54,15 +55,6 @@ class Cartridges:
         self._draft_model: PreTrainedModel | None = getattr(draft, "model", None)
         self.draft_store = CartridgeStore(self._load_for_draft)
         self.defaults: list[str] = []
-
-    @staticmethod
-    def claims(given: object) -> Cartridge | Artifact | None:
-        """``given`` as a cartridge or the artifact of one; None where it is something else."""
-        if isinstance(given, Cartridge):
-            return given
-        if isinstance(given, str | Path) and not (Path(given) / "config.json").exists():
-            given = open_artifact(resolve(given))
-        return given if isinstance(given, Artifact) and given.kind == "cartridge" else None
 
     def attach(self, given: Cartridge | Artifact) -> None:
         """Take a cartridge in: the target's is read by every call from now on, the draft's beside it."""
@@ -110,10 +102,10 @@ class Cartridges:
         """The name of what a call asks for, which is taken in where it is not there yet."""
         if isinstance(given, str) and given in self.store:
             return given
-        found = self.claims(given)
-        if found is None:
+        found, others = parted([opened(given)], Cartridge)
+        if others:
             raise ArtifactError(f"{given!r} is no cartridge: give names, paths or accel.Cartridge objects")
-        return self.store.add(self._checked(found))
+        return self.store.add(self._checked(found[0]))
 
     def _checked(self, given: Cartridge | Artifact) -> Cartridge | Artifact:
         if isinstance(given, Cartridge):

@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from accel.artifacts import Artifact, check_base, open_artifact, resolve
+from accel.artifacts import Artifact, check_base
 from accel.drafters.base import Drafter
 from accel.drafters.eagle3 import Eagle3Drafter, is_head, load_head
 from accel.drafters.masked import MaskedDrafter
 from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
 from accel.drafters.translated import TranslatedDrafter
+from accel.engine.given import opened
 from accel.errors import ArtifactError, IncompatibleError
-from accel.methods.dparallel.distill import artifact as masked_artifacts
+from accel.methods.dparallel import artifact as masked_artifacts
 from accel.models.diffusion import Denoiser, facts_of
 from accel.models.loading import load_model
 
@@ -42,20 +43,17 @@ def drafter_from(
                 raise IncompatibleError("draft_tokenizer= without tokenizer=: pass the target's tokenizer too")
             return TranslatedDrafter(given, draft_tokenizer, tokenizer, vocab_size)
         return SmallLMDrafter(given, vocab_size)
+    given = opened(given)
     if isinstance(given, str | Path):
         folder = Path(given)
-        if (folder / "config.json").exists() and not (folder / "accel.json").exists():
-            if is_head(folder):
-                if draft_tokenizer is not None:
-                    raise IncompatibleError(
-                        f"draft_tokenizer= with the draft head {folder}: it needs none; leave it out"
-                    )
-                return Eagle3Drafter(load_head(folder, model), model)
-            draft, own = load_model(folder, device=model.device, dtype=model.dtype)
-            if facts_of(draft) is not None:
-                draft_tokenizer = draft_tokenizer or own
-            return drafter_from(draft, model, tokenizer, draft_tokenizer)
-        given = open_artifact(resolve(given))
+        if is_head(folder):
+            if draft_tokenizer is not None:
+                raise IncompatibleError(f"draft_tokenizer= with the draft head {folder}: it needs none; leave it out")
+            return Eagle3Drafter(load_head(folder, model), model)
+        draft, own = load_model(folder, device=model.device, dtype=model.dtype)
+        if facts_of(draft) is not None:
+            draft_tokenizer = draft_tokenizer or own
+        return drafter_from(draft, model, tokenizer, draft_tokenizer)
     if isinstance(given, Artifact) and given.kind == masked_artifacts.KIND:
         return _from_masked_artifact(given, model, vocab_size, tokenizer)
     if isinstance(given, Artifact):

@@ -1,29 +1,19 @@
-"""From what a user hands over to a LAWCAT conversion for a model, and to what it is there for."""
+"""From the conversions that a user hands over to the one for a model, and to what it is there for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, open_artifact, resolve
+from accel.artifacts import Artifact
 from accel.engine.by_length import ByLength
 from accel.errors import IncompatibleError, OptionError
-from accel.methods.lawcat.artifact import KIND, Lawcat
+from accel.methods.lawcat.artifact import Lawcat
 from accel.models.linear import Conversion
 
 ROLES = ("target", "draft", "auto")
-
-
-def claims(given: object) -> Lawcat | Artifact | None:
-    """``given`` as a conversion or the artifact of one; None where it is something else."""
-    if isinstance(given, Lawcat):
-        return given
-    if isinstance(given, str | Path) and not (Path(given) / "config.json").exists():
-        given = open_artifact(resolve(given))
-    return given if isinstance(given, Artifact) and given.kind == KIND else None
 
 
 def lawcat_for(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from accel.kernels.device import runs_triton
 from accel.kernels.unmask import reference
-from accel.kernels.unmask.reference import RULES, Certainty
+from accel.kernels.unmask.reference import COUNTING_RULES, RULES, Certainty
 
-__all__ = ["RULES", "Certainty", "certainty", "commit"]
+__all__ = ["COUNTING_RULES", "RULES", "Certainty", "certainty", "commit"]
 
 
 def certainty(logits: Tensor, *, forbidden: int | None = None) -> Certainty:
@@ -60,7 +60,7 @@ def commit(
         )
     if rule not in RULES:
         raise ValueError(f"rule={rule!r}: choose one of {', '.join(RULES)}")
-    counts = rule.startswith("top_k")
+    counts = rule in COUNTING_RULES
     if counts and (count is None or count.shape != shape[:1] or count.dtype != torch.int64 or threshold is not None):
         raise ValueError(f"rule={rule!r} takes count, int64 [B] = [{shape[0]}], and no threshold")
     if not counts and (threshold is None or count is not None):

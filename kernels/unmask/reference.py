@@ -9,7 +9,9 @@ from torch import Tensor
 
 from accel.kernels.common import first_argmax
 
-RULES = ("entropy", "confidence", "top_k", "top_k_entropy")
+# these fill a number of positions, the others those that pass a threshold
+COUNTING_RULES = ("top_k", "top_k_entropy")
+RULES = ("entropy", "confidence", *COUNTING_RULES)
 
 
 class Certainty(NamedTuple):

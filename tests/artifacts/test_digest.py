@@ -76,5 +76,7 @@ def test_describe_base(config: LlamaConfig) -> None:
     assert (base.name, base.revision, base.vocab_size) == ("tiny", None, 32)
     assert base.config_digest == config_digest(config)
     assert base.tokenizer_digest == tokenizer_digest(tokenizer)
+    names = [describe_base(each).name for each in (config, LlamaConfig(name_or_path="org/tiny"))]
+    assert names == ["unnamed", "org/tiny"]
     with pytest.raises(ArtifactError, match="vocab_size"):
         describe_base(SimpleNamespace(to_dict=dict), name="not a language model")

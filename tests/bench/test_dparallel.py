@@ -18,8 +18,9 @@ from transformers import BertConfig, BertForMaskedLM
 import accel
 from accel.artifacts import describe_base
 from accel.bench import dparallel as suite
+from accel.cli.common import DEFAULT_MASKED, DEFAULT_MASKED_BASE
 from accel.cli.main import main
-from accel.methods.dparallel.distill import artifact
+from accel.methods.dparallel import artifact
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts, facts_of, set_facts
 from accel.models.loading import load_model
 
@@ -160,9 +161,9 @@ def test_the_sweep_begins_where_the_table_stands_and_is_drawn(found) -> None:
     assert [len(line.get("points").split()) for line in lines] == [10, 10]
 
 
-def test_a_model_and_its_base_are_found_by_id(made, tmp_path, monkeypatch) -> None:
+def test_the_model_and_its_base_that_ship_are_the_default(made, tmp_path, monkeypatch) -> None:
     """By id, with the length that the artifact was trained with, on the embedded problems."""
-    for name, folder in (("mine", "fast"), ("before", "base")):
+    for name, folder in ((DEFAULT_MASKED, "fast"), (DEFAULT_MASKED_BASE, "base")):
         model, tokenizer = load_model(made[folder])
         base = describe_base(model.config, tokenizer, name="causal")
         about = {"parameters": {"max_new_tokens": 8}, "made": {}, "measured": {}}
@@ -172,15 +173,15 @@ def test_a_model_and_its_base_are_found_by_id(made, tmp_path, monkeypatch) -> No
         artifact.write(root / name, model, tokenizer, facts, work=work, base=base, dtype="float32", **about)
     monkeypatch.setenv("ACCEL_ARTIFACTS", str(root))
     few = ("--limit", 2, "--timed", 1, "--repeat", 1, "--no-sweep", "--json")
-    result = run("mine", "-a", "before", *few)
+    result = run(*few)
     assert result.exit_code == 0, result.output
     document = json.loads(result.stdout)
     settings = document["settings"]
-    assert (settings["model"], settings["base"]) == ("mine", "before")
+    assert (settings["model"], settings["base"]) == (DEFAULT_MASKED, DEFAULT_MASKED_BASE)
     assert (settings["max_new_tokens"], settings["questions"], settings["rows"]) == (8, 2, 1)
     assert "base" in document["arms"] and document["sweeps"] == {}
-    # there is no base unless one is named
-    result = run(root / "mine", *few)
+    # a model of one's own has no base unless one is named
+    result = run(root / DEFAULT_MASKED, *few)
     assert result.exit_code == 0 and json.loads(result.stdout)["settings"]["base"] is None
 
 

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import accel
 from accel.bench import arms, dparallel, drafts, environment, session
-from accel.cli.bench import DEFAULT_DRAFT, DEFAULT_MODEL, bench
+from accel.cli.bench import DEFAULT_DRAFT, DEFAULT_MASKED, DEFAULT_MASKED_BASE, DEFAULT_MODEL, bench
 from accel.errors import AccelError
 
 
@@ -173,14 +173,12 @@ def test_the_masked_suite_gets_its_own_plan(monkeypatch):
     monkeypatch.setattr(dparallel, "carry_out", carry_out)
     words = "m -a b --prompts p.jsonl --limit 3 --max-new-tokens 9 --rows 4 --timed 8 --repeat 2 --no-sweep"
     words += " --device cpu --dtype float32 --output o.json"
-    for given in ("m", words):
+    for given in ("", words):
         with pytest.raises(AccelError, match="enough"):
             CliRunner().invoke(bench, ["--suite", "dparallel", *given.split()], catch_exceptions=False)
-    least, plan = plans
-    assert least == dparallel.Plan("m", command=least.command)
-    assert (least.rows, least.timed, least.repeat, least.sweep) == (16, 32, 3, True)
-    with pytest.raises(AccelError, match="--suite dparallel without a MODEL"):
-        CliRunner().invoke(bench, ["--suite", "dparallel"], catch_exceptions=False)
+    shipped, plan = plans
+    assert shipped == dparallel.Plan(DEFAULT_MASKED, DEFAULT_MASKED_BASE, command=shipped.command)
+    assert (shipped.rows, shipped.timed, shipped.repeat, shipped.sweep) == (16, 32, 3, True)
     assert plan == dparallel.Plan(
         model="m",
         base="b",
@@ -223,7 +221,8 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
     [
         (
             ["--suite", "mt"],
-            "unknown suite 'mt': choose from cartridge, default, dparallel, drafts, kernels, lenience, spec-bench",
+            "unknown suite 'mt': choose from cartridge, default, dparallel, drafts, kernels, lawcat, lenience, "
+            "spec-bench",
         ),
         (["--suite", "spec-bench"], "--prompts FILE"),
         (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),

@@ -1,4 +1,5 @@
-"""A step of training: its summands give the whole's gradient, a loss that is no number stops it, and who learns."""
+"""A step of training: its summands give the whole's gradient, a loss that is no number stops it, who learns, and what
+a run takes on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from accel.distill.descent import alone, update
+from accel.distill import checkpoint
+from accel.distill.descent import Descent, alone, update
 from accel.errors import ModelError
 from accel.methods.lawcat.distill.stage import Stage
 
@@ -50,3 +52,22 @@ def test_one_learns_alone_and_all_are_as_before():
     with alone([model.bias, other], model):
         assert (model.weight.requires_grad, model.bias.requires_grad, other.requires_grad) == (False, True, True)
     assert (model.weight.requires_grad, model.bias.requires_grad, other.requires_grad) == (True, False, False)
+
+
+def test_a_run_takes_as_much_disk_as_was_said(tmp_path, monkeypatch):
+    layer = nn.Linear(800, 800)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    how = Stage(steps=4, learning_rate=0.1, checkpoint_every=1)
+    peaks, replace = [], checkpoint.os.replace
+
+    def watched(new, path):
+        peaks.append(sum(each.stat().st_size for each in tmp_path.iterdir()))
+        replace(new, path)
+
+    def step(number):
+        return update(optimizer, layer.parameters(), layer(torch.ones(800)).square().sum(), how, 0.1, number)
+
+    monkeypatch.setattr(checkpoint.os, "replace", watched)
+    Descent(layer, optimizer, tmp_path, {}).run(how, step)
+    said = checkpoint.training_bytes(sum(each.numel() for each in layer.parameters()), how.steps)
+    assert max(peaks) <= said < max(peaks) + 3 * checkpoint.FRAME + 4 * 512

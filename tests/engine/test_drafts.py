@@ -12,7 +12,7 @@ import accel
 from accel.artifacts import Manifest, describe_base, save
 from accel.engine.drafts import drafter_from
 from accel.errors import ArtifactError, IncompatibleError
-from accel.methods.dparallel.distill.artifact import write
+from accel.methods.dparallel.artifact import write
 from accel.models.diffusion import CONFIG_KEY, DiffusionFacts
 
 KEPT = list(range(2, 67, 2))  # the target ids that the trimmed draft knows

@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE, assert_close, assert_equal, random
 
-from accel.kernels.unmask import Certainty, reference
+from accel.kernels.unmask import COUNTING_RULES, Certainty, reference
 from accel.kernels.unmask import triton as kernels
 
 pytestmark = pytest.mark.kernel
@@ -28,7 +28,7 @@ def check_commit(module, rule="entropy", strict=False, B=3, L=70, **kwargs):
     masked = (torch.rand(B, L, generator=generator) < 0.7).to(DEVICE)
     masked[-1] = False
     certainty = Certainty(torch.zeros(B, L, dtype=torch.int64, device=DEVICE), *figures)
-    if rule.startswith("top_k"):
+    if rule in COUNTING_RULES:
         kwargs["count"] = torch.arange(B, device=DEVICE) * 2 + 1
     else:
         kwargs.setdefault("threshold", 0.5)

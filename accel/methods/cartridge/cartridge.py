@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -126,6 +126,9 @@ class Parameters:
 class Cartridge:
     """A named segment for one model. The same object may stand in front of any number of rows; it is held once."""
 
+    # of its artifacts
+    kind: ClassVar[str] = "cartridge"
+
     name: str
     segment: Segment
     parameters: Parameters
@@ -148,7 +151,7 @@ class Cartridge:
         Tensors are brought to the model's device and dtype.
         """
         where = str(artifact.path)
-        if artifact.kind != "cartridge":
+        if artifact.kind != cls.kind:
             raise ArtifactError(f"{where} is a {artifact.kind} artifact: a cartridge is wanted")
         parameters = Parameters.parse(artifact.manifest.parameters, where)
         check_fits(parameters, model.config, where)
@@ -185,7 +188,7 @@ class Cartridge:
         all_parameters._check(name)
         check_fits(all_parameters, model.config, name)
         _check_tensors(_named(segment), all_parameters, name)
-        base = describe_base(model.config, tokenizer, name=model.config._name_or_path or "unnamed")
+        base = describe_base(model.config, tokenizer)
         return cls(name, segment, all_parameters, base)
 
     def save(
@@ -206,7 +209,7 @@ class Cartridge:
             for name, each in _named(self.segment).items()
         }
         manifest = Manifest(
-            kind="cartridge",
+            kind=self.kind,
             base=self.base,
             parameters=dataclasses.replace(self.parameters, dtype=dtype).as_dict(),
             made=dict(self.made if made is None else made),

@@ -10,12 +10,10 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 from accel.errors import OptionError, unknown_name
-from accel.kernels.unmask import RULES
+from accel.kernels.unmask import COUNTING_RULES, RULES
 from accel.models.diffusion.facts import DiffusionFacts
 
 CACHES = ("none", "prefix", "dual")
-# the rules that fill a number of positions and not those that pass a threshold
-COUNTING_RULES = tuple(rule for rule in RULES if rule.startswith("top_k"))
 
 Value = TypeVar("Value")
 

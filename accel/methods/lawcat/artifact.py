@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,13 +18,15 @@ from accel.artifacts import Artifact, BaseModel, Manifest, check_base, describe_
 from accel.errors import ArtifactError
 from accel.models.linear import Conversion, LinearSpec, LowRank, check_weights, converted_copy
 
-KIND = "lawcat"
 FILE = "lawcat.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
 class Lawcat:
     """A named conversion for one base model. ``tensors``: ``layers.N.NAME``, see ``accel.models.linear``."""
+
+    # of its artifacts
+    kind: ClassVar[str] = "lawcat"
 
     name: str
     spec: LinearSpec
@@ -45,7 +47,7 @@ class Lawcat:
         low_rank: LowRank | None = None,
     ) -> Lawcat:
         """A live one, for ``model``; what does not fit it is refused."""
-        base = describe_base(model.config, tokenizer, name=model.config._name_or_path or "unnamed")
+        base = describe_base(model.config, tokenizer)
         made = cls(name, spec, dict(tensors), base, low_rank)
         made._check(model, name)
         return made
@@ -54,8 +56,8 @@ class Lawcat:
     def load(cls, artifact: Artifact, model: PreTrainedModel, tokenizer: Any = None) -> Lawcat:
         """Read an artifact for ``model``; whatever does not fit it is refused with both values."""
         where, manifest = str(artifact.path), artifact.manifest
-        if artifact.kind != KIND:
-            raise ArtifactError(f"{where} is a {artifact.kind} artifact: a {KIND} one is wanted")
+        if artifact.kind != cls.kind:
+            raise ArtifactError(f"{where} is a {artifact.kind} artifact: a {cls.kind} one is wanted")
         spec, low_rank = _parameters(manifest.parameters, where)
         check_base(artifact, model.config, tokenizer)
         found = cls(
@@ -80,7 +82,7 @@ class Lawcat:
     ) -> Artifact:
         """Write the artifact; the tensors keep their types."""
         manifest = Manifest(
-            kind=KIND,
+            kind=self.kind,
             base=self.base,
             parameters={
                 "spec": self.spec.as_dict(),

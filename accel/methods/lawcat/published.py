@@ -1,18 +1,20 @@
 """Checkpoints of LAWCAT's and LoLCATs' own code, by their parameters' names, as a conversion for a base model.
 
 Their files hold the trained parameters of each stage and no base weights. What no shape tells (activation, window,
-LoRA's alpha, …) is given by the caller and never guessed. Tensors come in as they are: reading files is the caller's.
+LoRA's alpha, …) is given by the caller and never guessed.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from accel.artifacts.foreign_files import load_plain, read_safetensors
 from accel.errors import ArtifactError, OptionError
 from accel.methods.lawcat.artifact import Lawcat
 from accel.models.linear import Heads, LinearSpec, LowRank
@@ -35,14 +37,35 @@ _OURS = {
 }
 # a norm that is never applied, and a second name of window_factors
 _UNUSED = ("g_norm.weight", "window_factor")
+FAMILIES = ("lawcat", "lolcats")
 # which choices are the caller's; everything else shows in the tensors
 CHOICES = ("activation", "gate_normalizer", "min_log_decay", "normalised", "window", "affine", "eps")
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """One stage's parameters: a safetensors file, or one of ``torch.save``, which may say ``model_state_dict``."""
+    path = Path(path)
+    content = read_safetensors(path)[0] if path.suffix == ".safetensors" else load_plain(path)
+    if isinstance(content, dict):
+        content = content.get("model_state_dict", content)
+    if not isinstance(content, dict) or not all(isinstance(each, Tensor) for each in content.values()):
+        raise ArtifactError(f"{path}: holds no tensors by name: the trained parameters of a stage are wanted")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def recognises(path: str | Path) -> bool:
+    """Whether a file that can be read holds parameters of linear layers."""
+    try:
+        return all(_NAME.fullmatch(name) for name in read(path))
+    except ArtifactError:
+        return False
 
 
 def adopt(
     name: str,
     checkpoints: Sequence[Mapping[str, Tensor]],
     model: PreTrainedModel,
+    tokenizer: Any = None,
     *,
     family: str = "lawcat",
     lora_alpha: float | None = None,
@@ -53,8 +76,8 @@ def adopt(
     ``family``: "lawcat", or "lolcats": rotated, unscaled, the linear term for what has left the window. ``choices``:
     fields of ``LinearSpec`` that no tensor tells (``CHOICES``); a released LAWCAT has ``normalised`` and window 0.
     """
-    if family not in ("lawcat", "lolcats"):
-        raise OptionError(f"family={family!r}: choose 'lawcat' or 'lolcats'")
+    if family not in FAMILIES:
+        raise OptionError(f"family={family!r}: choose {' or '.join(FAMILIES)}")
     unknown = set(choices) - set(CHOICES)
     if unknown:
         raise OptionError(f"{sorted(unknown)[0]!r} is no choice here: known are {', '.join(CHOICES)}")
@@ -64,7 +87,7 @@ def adopt(
     if not spec.window and not spec.affine:
         # always saved, and unused then
         tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith("window_factors")}
-    return Lawcat.of(name, spec, tensors, model, low_rank=_low_rank(tensors, lora_alpha, name))
+    return Lawcat.of(name, spec, tensors, model, tokenizer, low_rank=_low_rank(tensors, lora_alpha, name))
 
 
 def published_names(lawcat: Lawcat) -> dict[str, Tensor]:
@@ -143,7 +166,7 @@ def _spec(
         window = choices.get("window", 0)
         # beside a window the softmax term keeps the denominator from nothing
         seen |= {"rope": True, "scaled": False, "covers_window": not window, "eps": 0.0 if window else 1e-12}
-    return LinearSpec(**{**seen, **choices})
+    return LinearSpec.parse({**seen, **choices}, where)
 
 
 def _low_rank(tensors: Mapping[str, Tensor], alpha: float | None, where: str) -> LowRank | None:

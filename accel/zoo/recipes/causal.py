@@ -28,8 +28,10 @@ from accel.distill.forward import autocast
 from accel.distill.schedule import warm_cosine
 
 END, ANSWER, MASK = "<|end|>", "<|answer|>", "<|mask|>"
-# a digit is a token, so that numbers are learned by digits; a word never joins the next one
-PIECES = Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
+# what becomes one token at most; a word never joins the next one
+_PIECES = r"{number}| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+"
+# a digit, so that numbers are learned by digits; or all of them, so that how many places one takes is always known
+_DIGIT, _WHOLE = r" ?\d", r" ?\d+"
 # pairs that are sorted by length together
 _SORTED = 2048
 # frequencies by which a head looks back, and what each adds to its score at the right distance
@@ -40,12 +42,15 @@ TEMPLATE = (
 )
 
 
-def make_tokenizer(texts: list[str], size: int, *, chat: bool = True) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    texts: list[str], size: int, *, chat: bool = True, whole_numbers: bool = False
+) -> PreTrainedTokenizerFast:
     """Byte-pair encoding of ``texts``, most words one token; any other text has tokens too. ``chat``: for questions,
     with tokens between question and answer and for masks."""
     inner = Tokenizer(models.BPE())
+    pieces = Regex(_PIECES.format(number=_WHOLE if whole_numbers else _DIGIT))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(PIECES, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [pre_tokenizers.Split(pieces, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     inner.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -177,6 +182,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--prompt-weight", type=float, default=0.0, help="of the loss of what is asked")
     parser.add_argument("--vocabulary", type=int, default=768)
+    parser.add_argument("--whole-numbers", action="store_true", help="a number is a token, not each of its digits")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=4)
@@ -191,7 +197,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     else:
         texts = [line[part] for line in lines for part in ("question", "text", "answer") if part in line]
-        tokenizer = make_tokenizer(texts, given.vocabulary)
+        tokenizer = make_tokenizer(texts, given.vocabulary, whole_numbers=given.whole_numbers)
     model = make_model(tokenizer, given)
     pairs = pairs_of(lines, tokenizer)
     print(f"{sum(each.numel() for each in model.parameters()):,} weights, {len(tokenizer)} tokens", flush=True)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from accel.artifacts.foreign_files import load_plain
 from accel.errors import AccelError, ArtifactError, OptionError
 from accel.methods.cartridge.convert import FORMATS, Foreign, read
-from accel.methods.cartridge.convert.unpickle import load_plain
 
 LAYERS, HEADS, SIZE = 3, 2, 4
 INF = math.inf

@@ -27,7 +27,7 @@ SMALL = Recipe(
     batch_tokens=128,
     checkpoint_every=2,
     held_out=0.2,
-    max_bytes=4_000_000,
+    max_bytes=9_000_000,
 )
 
 

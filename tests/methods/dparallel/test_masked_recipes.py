@@ -20,8 +20,8 @@ from accel.cli.main import main
 from accel.distill.prompts import read
 from accel.distill.weights import weights_digest
 from accel.errors import ArtifactError, ModelError, OptionError
+from accel.methods.dparallel.artifact import facts_in, set_threshold
 from accel.methods.dparallel.distill import begin
-from accel.methods.dparallel.distill.artifact import facts_in, set_threshold
 from accel.methods.dparallel.distill.recipe import Conversion, DParallel, distill, prepare
 from accel.models.diffusion import facts_of
 from accel.models.loading import load_model

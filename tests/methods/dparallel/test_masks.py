@@ -55,6 +55,22 @@ def test_maskgit_hides_as_much_and_counts_every_hidden_token_alike():
         assert (found.weight, found.tokens) == (1.0, int(found.hidden.sum()))
 
 
+@pytest.mark.parametrize("time", [0.1, 0.5, 0.9])
+def test_one_block_hides_its_share_between_clean_and_masked(time):
+    shares, starts = [], set()
+    for step in range(400):
+        noise = masks.block(19, 32, 8, time, masks.generator(4, step, 1))
+        (hidden,), (learned,) = noise.hidden, noise.learned
+        # what is hidden and not learned stands behind the block: the answer ends in the third of four
+        start = int((hidden & ~learned).nonzero()[0, 0]) - 8
+        starts.add(start)
+        assert not hidden[:start].any() and hidden[start + 8 :].all() and not learned[start + 8 :].any()
+        shares.append(float(learned[start : start + 8].float().mean()))
+        assert (noise.weight, noise.tokens) == (1.0, int(learned.sum()))
+    assert abs(sum(shares) / len(shares) - time) < 0.03
+    assert starts == {0, 8, 16}
+
+
 def test_times_are_uniform_and_spread():
     found = torch.tensor([masks.times(4, 0.01, 5, step) for step in range(400)])
     assert found.min() >= 0.01 and found.max() < 1
@@ -77,5 +93,5 @@ def test_masks_are_functions_of_seed_step_and_row():
 
 
 def test_an_unknown_noise_is_named():
-    with pytest.raises(OptionError, match="unknown noise 'block'"):
-        masks.check("block")
+    with pytest.raises(OptionError, match="unknown noise 'blok'"):
+        masks.check("blok")

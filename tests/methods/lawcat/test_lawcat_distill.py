@@ -345,6 +345,7 @@ def test_models_and_texts_that_do_not_fit_are_refused(tiny, teacher, texts, tmp_
     assert "give --prompts" in refusal(lambda: documents([], [], byte_tokenizer(), 8))
     (tmp_path / "empty.txt").write_text(" \n")
     assert "is empty" in refusal(lambda: documents([], [tmp_path / "empty.txt"], byte_tokenizer(), 8))
+    assert "cannot read the corpus" in refusal(lambda: documents([], [tmp_path / "none.txt"], byte_tokenizer(), 8))
     assert "cannot read" in refusal(lambda: documents([], [tmp_path / "no.txt"], byte_tokenizer(), 8))
     assert "exists already" in refusal(lambda: make(teacher, texts, tmp_path, "empty.txt"))
 

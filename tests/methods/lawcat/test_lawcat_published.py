@@ -103,7 +103,7 @@ def test_lolcats_has_its_own_terms(tiny):
             "without layers.0.q_proj.lora_B",
         ),
         ({}, {"lora_alpha": 16}, OptionError, "has no LoRA"),
-        ({}, {"family": "hedgehog"}, OptionError, "'lawcat' or 'lolcats'"),
+        ({}, {"family": "hedgehog"}, OptionError, "choose lawcat or lolcats"),
         ({}, {"conv_width": 4}, OptionError, "no choice here"),
         ({}, {"window": 4}, ArtifactError, "missing .*window_factors"),
     ],

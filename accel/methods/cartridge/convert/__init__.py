@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accel.artifacts.foreign_files import MAX_BYTES, load_plain
 from accel.errors import ArtifactError, OptionError, unknown_name
 from accel.methods.cartridge.convert import attention_matching, hazy, kvpress
 from accel.methods.cartridge.convert.foreign import Foreign
-from accel.methods.cartridge.convert.unpickle import MAX_BYTES, load_plain
 
 __all__ = ["FORMATS", "MAX_BYTES", "Foreign", "Reader", "read"]
 

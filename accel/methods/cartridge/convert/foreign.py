@@ -7,10 +7,8 @@ whether the keys belong to a model, and at which positions they were rotated, ca
 from __future__ import annotations
 
 import math
-import stat
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,19 +136,6 @@ def remaining(content: Mapping[Any, Any], read: Collection[str], source: str) ->
             # a bias, say, without which the same keys and values compute something else
             raise ArtifactError(f"{source}: holds tensors in {name!r}: only {', '.join(sorted(read))} are understood")
     return rest
-
-
-def regular_file(path: Path, max_bytes: int) -> int:
-    """The size of ``path``; refused unless it is a file of 1 to ``max_bytes`` bytes."""
-    try:
-        info = path.stat()
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
-    if not stat.S_ISREG(info.st_mode):
-        raise ArtifactError(f"{path}: is not a regular file")
-    if not 0 < info.st_size <= max_bytes:
-        raise ArtifactError(f"{path}: has {info.st_size} bytes, 1 to max_bytes={max_bytes} are allowed")
-    return info.st_size
 
 
 def _is_count(value: Any) -> bool:

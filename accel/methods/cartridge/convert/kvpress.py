@@ -16,11 +16,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from accel.artifacts.foreign_files import read_safetensors
 from accel.errors import ArtifactError
-from accel.methods.cartridge.convert.foreign import Foreign, pad_to_longest, regular_file, remaining, without_batch
+from accel.methods.cartridge.convert.foreign import Foreign, pad_to_longest, remaining, without_batch
 
 KEYS, VALUES = "key_cache", "value_cache"
 # names by which a file may state the length before the press; the first is the variable of kvpress/pipeline.py
@@ -61,15 +61,8 @@ def convert(content: Any, source: str) -> Foreign:
 
 def load_safetensors(path: str | Path, max_bytes: int) -> dict[str, Any]:
     """{"key_cache": [...], "value_cache": [...]} from tensors named key_cache.0, …, with the file's metadata beside."""
-    path = Path(path)
-    regular_file(path, max_bytes)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-            content: dict[str, Any] = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ArtifactError(f"{path}: is not a readable safetensors file: {reason}") from error
+    tensors, metadata = read_safetensors(path, max_bytes)
+    content: dict[str, Any] = dict(metadata)
     found = [match for match in map(_TENSOR_NAME.fullmatch, tensors) if match]
     if not found or len(found) != len(tensors):
         odd = min(set(tensors) - {match[0] for match in found}, default="no tensor")

@@ -14,13 +14,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, config_digest, describe_base, json_digest
+from accel.artifacts import Artifact, BaseModel, config_digest, json_digest
 from accel.distill.batches import Lessons
-from accel.distill.checkpoint import KEPT, thinned
+from accel.distill.begin import begin_run
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
+from accel.distill.files import read_document
 from accel.distill.forward import Scorer
 from accel.distill.losses import Teacher, forward_kl, pair
 from accel.distill.teacher import Lesson, stop_tokens
-from accel.errors import ArtifactError, OptionError, unknown_name
+from accel.errors import OptionError, unknown_name
 from accel.methods.cartridge import document
 from accel.methods.cartridge.cartridge import DTYPES, FILE, TEMPLATES, Cartridge, Document, Geometry
 from accel.methods.cartridge.distill.compact import compact
@@ -38,8 +40,6 @@ METHODS = ("self-study", "compact", "whole")
 _HELD_OUT, _MOST_HELD_OUT = 16, 64
 # what the quick fit is asked about: stretches of the document, so many tokens each, so many of them
 _STRETCH, _STRETCHES = 24, 48
-_FRAME = 2**18
-_LINE = 256
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,10 @@ class Prepared:
 
 def read_corpora(files: Sequence[Path], recipe: Recipe) -> list[Corpus]:
     """Documents of text files (UTF-8), named by their files."""
-    corpora = []
-    for path in files:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"cannot read the document {path}: {error}") from error
-        if not text.strip():
-            raise OptionError(f"{path}: the document is empty")
-        corpora.append(Corpus(path.stem, text, recipe.template, recipe.instruction))
+    texts = [read_document(path, "the document") for path in files]
+    corpora = [
+        Corpus(path.stem, text, recipe.template, recipe.instruction) for path, text in zip(files, texts, strict=True)
+    ]
     names = [each.name for each in corpora]
     if len(set(names)) < len(names):
         raise OptionError(f"documents named {', '.join(names)}: each needs a file name of its own")
@@ -198,8 +193,7 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
     asked = recipe.conversations_about([len(each) for each in ids])
     studies = [recipe.study(count) for count in asked] if learns else []
     lessons = sum(each.predicted_bytes() for each in studies)
-    # weights and two moments in fp32
-    checkpoints = (KEPT + 1) * (12 * numbers + _FRAME) + recipe.steps * _LINE if learns else 0
+    checkpoints = training_bytes(numbers, recipe.steps) if learns else 0
     prepared = Prepared(
         list(corpora),
         ids,
@@ -207,7 +201,7 @@ def prepare(model: PreTrainedModel, tokenizer: Any, corpora: Sequence[Corpus], r
         studies,
         lessons,
         checkpoints,
-        numbers * DTYPES[recipe.dtype].itemsize + _FRAME * len(corpora),
+        numbers * DTYPES[recipe.dtype].itemsize + FRAME * len(corpora),
     )
     if prepared.total_bytes > recipe.max_bytes:
         raise OptionError(
@@ -239,18 +233,16 @@ def distill_cartridges(
     same conversations finds them; it may be deleted afterwards.
     ``name``: what the manifest calls the model; ``command``: how this was called.
     """
-    for output in outputs:
-        if output.exists():
-            raise ArtifactError(f"{output} exists already: choose another folder")
-    prepared = prepared or prepare(model, tokenizer, corpora, recipe)
+    prepared, base = begin_run(
+        outputs, model, tokenizer, name, lambda: prepared or prepare(model, tokenizer, corpora, recipe), progress
+    )
     trained_before = _begun(begun, model, tokenizer, prepared, recipe)
-    progress(f"at most {prepared.total_bytes / 2**20:.0f} MiB on disk")
     made: dict[str, Any] = {"command": command, "seed": recipe.seed, "recipe": asdict(recipe)}
     if begun:
         made["begun"] = [{"sha256": each.manifest.files[FILE].sha256} for each in begun]
     measured: list[dict[str, Any]] = [{} for _ in corpora]
     if recipe.method == "self-study":
-        segments, losses, measured = _trained(model, tokenizer, prepared, recipe, work, progress, name, trained_before)
+        segments, losses, measured = _trained(model, tokenizer, prepared, recipe, work, progress, base, trained_before)
         made["losses"] = thinned(losses)
     elif recipe.method == "compact":
         queries = [_probes(tokenizer, each) for each in prepared.corpora]
@@ -275,7 +267,6 @@ def distill_cartridges(
             trained_with=tuple(each for each in digests if each != corpus.digest) if joint else (),
             exact=recipe.method == "whole",
         )
-        base = dataclasses.replace(cartridge.base, name=name or cartridge.base.name)
         cartridge = dataclasses.replace(cartridge, base=base)
         artifacts.append(
             cartridge.save(
@@ -324,10 +315,9 @@ def _trained(
     recipe: Recipe,
     work: Path,
     progress: Progress,
-    name: str | None,
+    base: BaseModel,
     begun: Mapping[str, tuple[Segment, str]],
 ) -> tuple[list[Segment], list[float], list[dict[str, Any]]]:
-    base = asdict(describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed"))
     stop = stop_tokens(model, tokenizer)
     learned, unseen = [], []
     for corpus, asked in zip(prepared.corpora, prepared.studies, strict=True):
@@ -337,7 +327,7 @@ def _trained(
             corpus,
             asked,
             work / corpus.name,
-            base,
+            asdict(base),
             stop,
             lambda message, of=corpus.name: progress(f"{of}: {message}"),  # type: ignore[misc]
             recipe.max_bytes,

@@ -12,10 +12,10 @@ from typing import Any
 
 from accel.distill.prompts import Encoded, Prompt
 from accel.errors import OptionError
-from accel.kernels.unmask import RULES
+from accel.kernels.unmask import COUNTING_RULES, RULES
 from accel.methods.dparallel.distill.checking import is_right
 from accel.methods.dparallel.distill.trajectories import answers, text_of
-from accel.methods.dparallel.options import COUNTING_RULES, DParallelOptions
+from accel.methods.dparallel.options import DParallelOptions
 from accel.models.diffusion import Denoiser
 from accel.types import Stats
 

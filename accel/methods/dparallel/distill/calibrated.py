@@ -11,7 +11,7 @@ from pathlib import Path
 from accel.artifacts import resolve
 from accel.distill.prompts import Prompt, encode
 from accel.errors import OptionError
-from accel.methods.dparallel.distill.artifact import set_threshold
+from accel.methods.dparallel.artifact import set_threshold
 from accel.methods.dparallel.distill.calibrate import Sweep, check_length, known_answers, require_answers, sweep
 from accel.methods.dparallel.distill.opened import open_model
 

@@ -15,8 +15,9 @@ from accel.errors import OptionError, unknown_name
 
 # "blocks": what decoding from left to right sees (dParallel's LLaDA); "response": half of everything (its Dream);
 # "diffusion": a random share of everything, weighted as the bound asks (masked diffusion, arXiv 2406.07524); "maskgit":
-# the same, every hidden token counting alike (arXiv 2202.04200): fewer steps to a model that can answer
-NOISES = ("blocks", "response", "diffusion", "maskgit")
+# the same, every hidden token counting alike (arXiv 2202.04200): fewer steps to a model that can answer; "block": that
+# share of one block alone, with what decoding sees around it
+NOISES = ("blocks", "response", "diffusion", "maskgit", "block")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +48,18 @@ def blocks(length: int, canvas: int, block_length: int, chance: torch.Generator,
     ``length``: tokens up to the answer's end, at least 1: decoding enters no block behind it. ``canvas``: positions,
     a multiple of ``block_length``.
     """
-    assert 1 <= length <= canvas and canvas % block_length == 0
-    count = -(-length // block_length)
-    start = block_length * int(torch.randint(count, (), generator=chance))
-    inside = torch.zeros(canvas, dtype=torch.bool)
-    inside[start : start + block_length] = True
-    behind = torch.zeros(canvas, dtype=torch.bool)
-    behind[start + block_length :] = True
+    inside, behind = _decoded(length, canvas, block_length, chance)
     learned = _halves(inside, chance, share)
+    return Noise(learned | behind, learned, 1.0, int(learned.sum()))
+
+
+def block(length: int, canvas: int, block_length: int, time: float, chance: torch.Generator) -> Noise:
+    """As ``blocks``, but each position of the block hidden with probability ``time``, and one view.
+
+    Decoding comes through all shares, from a block of masks to a single one.
+    """
+    inside, behind = _decoded(length, canvas, block_length, chance)
+    learned = (inside & (torch.rand(canvas, generator=chance) < time))[None]
     return Noise(learned | behind, learned, 1.0, int(learned.sum()))
 
 
@@ -91,6 +96,14 @@ def check(name: str) -> None:
     """OptionError for an unknown kind of noise."""
     if name not in NOISES:
         raise OptionError(unknown_name("noise", name, NOISES))
+
+
+def _decoded(length: int, canvas: int, block_length: int, chance: torch.Generator) -> tuple[Tensor, Tensor]:
+    """bool [C] each: a block that an answer of ``length`` tokens reaches, any of them alike, and all behind it."""
+    assert 1 <= length <= canvas and canvas % block_length == 0
+    start = block_length * int(torch.randint(-(-length // block_length), (), generator=chance))
+    places = torch.arange(canvas)
+    return (places >= start) & (places < start + block_length), places >= start + block_length
 
 
 def _halves(where: Tensor, chance: torch.Generator, share: float) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, find_artifact, open_artifact
 from accel.errors import ModelError
-from accel.methods.dparallel.distill.artifact import facts_in
+from accel.methods.dparallel.artifact import facts_in
 from accel.models.diffusion import Denoiser, DiffusionFacts, facts_of
 from accel.models.loading import load_model
 

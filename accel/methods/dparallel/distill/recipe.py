@@ -16,15 +16,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, describe_base
-from accel.distill.checkpoint import KEPT, thinned
+from accel.artifacts import Artifact
+from accel.distill.begin import begin_run
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
 from accel.distill.lessons import Library, predicted_bytes
 from accel.distill.lora import ALL, Lora, layers
 from accel.distill.prompts import Encoded, Prompt, encode, split
 from accel.distill.teacher import Generation, stop_tokens
-from accel.distill.weights import DTYPES, weights_digest
-from accel.errors import ArtifactError, ModelError, OptionError, unknown_name
-from accel.methods.dparallel.distill import artifact as artifacts
+from accel.distill.weights import DTYPES, describe_teacher
+from accel.errors import ModelError, OptionError, unknown_name
+from accel.methods.dparallel import artifact as artifacts
 from accel.methods.dparallel.distill import begin
 from accel.methods.dparallel.distill.calibrate import (
     check_length,
@@ -45,9 +46,6 @@ Progress = Callable[[str], None]
 DATA = ("self", "file")
 # answers are kept where their final answer is the file's, or all of them
 CHECKS = ("final", "none")
-# beside tensors: headers, a line of an index, small files
-_FRAME = 2**20
-_LINE = 512
 # nothing that is made depends on these
 _FREE = ("max_bytes", "dtype", "rows", "checkpoint_every")
 
@@ -173,6 +171,10 @@ class Prepared:
     trained: int
     disk: dict[str, int]
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.disk.values())
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "prompts": len(self.kept.prompts),
@@ -181,7 +183,7 @@ class Prepared:
             "parameters": self.parameters,
             "trained": self.trained,
             "facts": self.facts.as_dict(),
-            "disk": self.disk | {"total": sum(self.disk.values())},
+            "disk": self.disk | {"total": self.total_bytes},
         }
 
 
@@ -218,10 +220,9 @@ def prepare(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], r
         trained = recipe.lora_rank * sum(sum(size) for size in sizes)
     disk = {
         "answers": 0,
-        # weights and two moments in fp32
-        "checkpoints": (KEPT + 1) * (12 * trained + _FRAME) + recipe.steps * _LINE,
+        "checkpoints": training_bytes(trained, recipe.steps),
         # and the copy that transformers saves first
-        "artifact": 2 * (numbers * DTYPES[recipe.dtype].itemsize + _tokenizer_bytes(tokenizer) + _FRAME),
+        "artifact": 2 * (numbers * DTYPES[recipe.dtype].itemsize + _tokenizer_bytes(tokenizer) + FRAME),
     }
     if recipe.data == "self":
         disk["answers"] = sum(predicted_bytes([len(p) for p in e.prompts], canvas, 1) for e in (kept, held_out))
@@ -251,12 +252,10 @@ def distill(
     ``work`` keeps answers and checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
     ``name``: what the manifest calls the model; ``command``: how this was called.
     """
-    if output.exists():
-        raise ArtifactError(f"{output} exists already: choose another folder")
-    prepared = prepared or prepare(model, tokenizer, prompts, recipe)
-    progress(f"at most {sum(prepared.disk.values()) / 2**20:.0f} MiB on disk")
-    base = describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed")
-    teacher = {"name": base.name, "config_digest": base.config_digest, "weights_digest": weights_digest(model)}
+    prepared, base = begin_run(
+        [output], model, tokenizer, name, lambda: prepared or prepare(model, tokenizer, prompts, recipe), progress
+    )
+    teacher = describe_teacher(base, model)
     run = _Run(model, tokenizer, recipe, prepared, work, progress, teacher)
     measured, losses = run.learn()
     made: dict[str, Any] = {

@@ -46,7 +46,7 @@ class Training:
     noise: str = "blocks"
     # of a block or an answer: how much of it the first of two views hides
     share: float = 0.5
-    # the shortest time of "diffusion" and "maskgit"
+    # the shortest time of "diffusion", "maskgit" and "block"
     eps: float = 1e-3
     beta: float = 2.0
     entropy_temperature: float = 0.5
@@ -172,6 +172,8 @@ class Canvases:
             return masks.maskgit(canvas, now, chance)
         if self.how.noise == "response":
             return masks.response(canvas, chance, self.how.share)
+        if self.how.noise == "block":
+            return masks.block(length, canvas, self.facts.block_length, now, chance)
         return masks.blocks(length, canvas, self.facts.block_length, chance, self.how.share)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, describe_base, json_digest
-from accel.distill.checkpoint import KEPT, thinned
-from accel.distill.weights import DTYPES, weights_digest
+from accel.artifacts import Artifact, json_digest
+from accel.distill.begin import begin_run
+from accel.distill.checkpoint import FRAME, thinned, training_bytes
+from accel.distill.weights import DTYPES, describe_teacher
 from accel.errors import ArtifactError, IncompatibleError, OptionError, unknown_name
 from accel.methods.lawcat.artifact import Lawcat
 from accel.methods.lawcat.distill import transfer, tune
@@ -31,9 +32,6 @@ from accel.models.softmax_target import SoftmaxTarget
 
 Progress = Callable[[str], None]
 
-# beside tensors: headers and small files; a line of a log
-_FRAME = 2**18
-_LINE = 256
 # nothing that is learned depends on these
 _FREE = ("max_bytes", "dtype", "checkpoint_every")
 # of the recipe, what the first stage does not depend on
@@ -161,6 +159,10 @@ class Prepared:
     additions: int
     disk: dict[str, int]
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.disk.values())
+
     def as_dict(self) -> dict[str, Any]:
         learned, held = self.rows.learned, self.rows.held_out
         return {
@@ -171,7 +173,7 @@ class Prepared:
             "spec": self.spec.as_dict(),
             "own_parameters": self.own,
             "lora_parameters": self.additions,
-            "disk": self.disk | {"total": sum(self.disk.values())},
+            "disk": self.disk | {"total": self.total_bytes},
         }
 
 
@@ -199,10 +201,9 @@ def prepare(model: PreTrainedModel, documents: Documents, recipe: Recipe) -> Pre
     own = sum(sizes.values()) - additions
     tuned = additions + (own if recipe.tune_own else 0)
     disk = {
-        # weights and two moments in fp32
-        "transfer": _training(own, recipe.transfer_steps),
-        "tuning": _training(tuned, recipe.tune_steps) if recipe.tune_steps else 0,
-        "artifact": (own + additions) * DTYPES[recipe.dtype].itemsize + _FRAME,
+        "transfer": training_bytes(own, recipe.transfer_steps),
+        "tuning": training_bytes(tuned, recipe.tune_steps) if recipe.tune_steps else 0,
+        "artifact": (own + additions) * DTYPES[recipe.dtype].itemsize + FRAME,
     }
     if (total := sum(disk.values())) > recipe.max_bytes:
         raise OptionError(
@@ -210,10 +211,6 @@ def prepare(model: PreTrainedModel, documents: Documents, recipe: Recipe) -> Pre
             f"artifact {disk['artifact']} bytes; allow {total}, or convert fewer layers"
         )
     return Prepared(packed, len(documents.ids), spec, own, additions, disk)
-
-
-def _training(numbers: int, steps: int) -> int:
-    return (KEPT + 1) * (12 * numbers + _FRAME) + steps * _LINE
 
 
 def distill(
@@ -234,12 +231,10 @@ def distill(
     ``work`` keeps checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
     ``name``: what the manifest calls the model; ``command``: how this was called.
     """
-    if output.exists():
-        raise ArtifactError(f"{output} exists already: choose another folder")
-    prepared = prepared or prepare(model, documents, recipe)
-    progress(f"at most {sum(prepared.disk.values()) / 2**20:.0f} MiB on disk")
-    base = describe_base(model.config, tokenizer, name=name or model.config._name_or_path or "unnamed")
-    teacher = {"name": base.name, "config_digest": base.config_digest, "weights_digest": weights_digest(model)}
+    prepared, base = begin_run(
+        [output], model, tokenizer, name, lambda: prepared or prepare(model, documents, recipe), progress
+    )
+    teacher = describe_teacher(base, model)
     run = _Run(model, recipe, prepared, work, progress, {"weights": teacher["weights_digest"]})
     spec, tensors = run.transferred()
     tensors = run.tuned(spec, tensors)

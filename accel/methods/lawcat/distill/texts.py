@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from accel.distill.batches import Packing
+from accel.distill.files import read_document
 from accel.distill.prompts import encode, read, split
 from accel.errors import OptionError
 
@@ -76,19 +77,9 @@ def documents(prompts: Sequence[Path], corpora: Sequence[Path], tokenizer: Any, 
         found = encode(read(prompts), tokenizer, longest=sys.maxsize)
         whole += [[*asked, *(answer or [])] for asked, answer in zip(found.prompts, found.answers, strict=True)]
     # a whole book is longer than any model's context, and is not read in one piece
-    whole += [tokenizer(_text(path), verbose=False)["input_ids"] for path in corpora]
+    whole += [tokenizer(read_document(path, "the corpus"), verbose=False)["input_ids"] for path in corpora]
     cut = [[*each, *end][at : at + length] for each in whole for at in range(0, len(each) + len(end), length)]
     return Documents(cut, [hashlib.sha256(json.dumps(each).encode()).hexdigest() for each in cut])
-
-
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the corpus {path}: {error}") from error
-    if not text.strip():
-        raise OptionError(f"{path}: the corpus is empty")
-    return text
 
 
 def rows(given: Documents, length: int, share: float, most: int, seed: int) -> Rows:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from accel.artifacts import describe_base
-from accel.distill.checkpoint import KEPT
+from accel.distill.checkpoint import FRAME, training_bytes
 from accel.distill.lessons import predicted_bytes
 from accel.distill.prompts import ANSWERS, Encoded, Prompt, encode, split
 from accel.distill.teacher import stop_tokens
@@ -32,10 +32,6 @@ HELD_OUT = {"held-out-greedy": 0.0, "held-out-sampled": 1.0}
 # tokens of the target's distribution kept at their positions, at least: α of a shorter list looks too large, because
 # all tokens outside it count as one
 HELD_OUT_K = 512
-
-# a step's line in the log, and what surrounds the tensors of a checkpoint or an artifact
-_LINE = 256
-_FRAME = 2**18
 
 
 def num_student_parameters(target: PreTrainedModel, shape: Shape | None, layers: Sequence[int], vocabulary: int) -> int:
@@ -75,9 +71,8 @@ class Disk:
             name: predicted_bytes([len(prompt) for prompt in asked.prompts], answer_tokens, ks[name])
             for name, asked in folders.items()
         }
-        # weights and two moments in fp32
-        checkpoints = runs * ((KEPT + 1) * (12 * parameters + _FRAME) + steps * _LINE)
-        return cls(sizes, checkpoints, parameters * bytes_per_weight + _FRAME, max_bytes)
+        checkpoints = runs * training_bytes(parameters, steps)
+        return cls(sizes, checkpoints, parameters * bytes_per_weight + FRAME, max_bytes)
 
     @property
     def total(self) -> int:
@@ -123,6 +118,10 @@ class Prepared:
     digest: str
     parameters: int
     disk: Disk
+
+    @property
+    def total_bytes(self) -> int:
+        return self.disk.total
 
     def as_dict(self) -> dict[str, Any]:
         return {

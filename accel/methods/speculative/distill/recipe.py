@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from accel.artifacts import Artifact, Manifest, describe_base, save
+from accel.artifacts import Artifact, Manifest, save
 from accel.distill.batches import Lessons
+from accel.distill.begin import begin_run
 from accel.distill.checkpoint import thinned
 from accel.distill.forward import Scorer
 from accel.distill.lessons import Library
@@ -22,7 +23,7 @@ from accel.distill.prompts import Prompt
 from accel.distill.teacher import Generation, Lesson
 from accel.distill.weights import DTYPES
 from accel.drafters.small_lm import VocabularyMap
-from accel.errors import ArtifactError, OptionError, unknown_name
+from accel.errors import OptionError, unknown_name
 from accel.methods.speculative.distill.data import Mix, Mixture, OnPolicy, Source, Translation, writer
 from accel.methods.speculative.distill.measure import measure
 from accel.methods.speculative.distill.plan import HELD_OUT, Prepared, prepare
@@ -141,11 +142,14 @@ def distill_draft(
     ``name``: what the manifest calls the target; ``command``: how this was called;
     ``prepared``: what ``prepare`` said of the same arguments, to save doing it again.
     """
-    if output.exists():
-        raise ArtifactError(f"{output} exists already: choose another folder")
-    prepared = prepared or prepare(target, tokenizer, prompts, recipe)
-    progress(f"at most {prepared.disk.total / 2**20:.0f} MiB on disk")
-    base = describe_base(target.config, tokenizer, name=name or target.config._name_or_path or "unnamed")
+    prepared, base = begin_run(
+        [output],
+        target,
+        tokenizer,
+        name,
+        lambda: prepared or prepare(target, tokenizer, prompts, recipe),
+        progress,
+    )
     lessons = _lessons(target, recipe, prepared, work, asdict(base), progress)
     vocabulary = _vocabulary(target, recipe, prepared, lessons)
     run = _Run(target, recipe, prepared, lessons, vocabulary, work, progress)

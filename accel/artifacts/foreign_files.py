@@ -1,4 +1,4 @@
-"""Reads files of ``torch.save`` without running anything in them.
+"""Reads files that other projects wrote, without running anything in them: ``torch.save``'s and safetensors.
 
 torch's restricted unpickler does the reading, with one class more than it allows by itself; what it returns is turned
 into plain containers here, and no method of a loaded object is ever called. Knows nothing of what the tensors mean.
@@ -7,6 +7,7 @@ into plain containers here, and no method of a loaded object is ever called. Kno
 from __future__ import annotations
 
 import re
+import stat
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import Parameter, ParameterList
 from torch.serialization import safe_globals
 
 from accel.errors import ArtifactError
-from accel.methods.cartridge.convert.foreign import regular_file
 
 MAX_BYTES = 16 * 2**30
 # Parameter and OrderedDict, which such files name too, are on torch's own list
@@ -45,6 +46,32 @@ def load_plain(path: str | Path, max_bytes: int = MAX_BYTES) -> Any:
     except Exception as error:  # the unpickler raises whatever broken bytes lead it to
         raise ArtifactError(f"{path}: {_why_not(error)}") from error
     return _Plain(path, size).convert(loaded)
+
+
+def read_safetensors(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, and the file's metadata."""
+    path = Path(path)
+    regular_file(path, max_bytes)
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return tensors, dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ArtifactError(f"{path}: is not a readable safetensors file: {reason}") from error
+
+
+def regular_file(path: Path, max_bytes: int) -> int:
+    """The size of ``path``; refused unless it is a file of 1 to ``max_bytes`` bytes."""
+    try:
+        info = path.stat()
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not stat.S_ISREG(info.st_mode):
+        raise ArtifactError(f"{path}: is not a regular file")
+    if not 0 < info.st_size <= max_bytes:
+        raise ArtifactError(f"{path}: has {info.st_size} bytes, 1 to max_bytes={max_bytes} are allowed")
+    return info.st_size
 
 
 def _refuse_compressed(path: Path, size: int) -> None:

@@ -1,0 +1,102 @@
+"""Demonstrations in front of a student's question. Knows texts and messages; not who answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from accel.errors import OptionError
+from accel.methods.cascade.answerer import Messages
+from accel.methods.cascade.store import Found, Situation, Step
+
+# a text → a shorter one that says the same
+Shorten = Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How demonstrations read, and where they stand: in the system message, or in front of the first user's.
+
+    Both ends tell a small model what to do with them, as those of the paper's predecessor (arXiv 2505.00234) do. What
+    stands in front of observations, reasoning and actions should be what the agent's own messages use.
+    """
+
+    opening: str = "Here are examples of how similar tasks were solved."
+    closing: str = "End of the examples. Follow them closely: answer in the same way."
+    goal: str = "Task:"
+    plan: str = "Plan:"
+    observation: str = "Observation:"
+    reasoning: str = "Reasoning:"
+    action: str = "Action:"
+    place: str = "system"
+
+    def __post_init__(self) -> None:
+        if self.place not in ("system", "user"):
+            raise OptionError(f"place={self.place!r}: demonstrations stand in the system or the user message")
+
+
+PLAIN = Layout()
+
+
+def with_demonstrations(
+    messages: Messages, found: Sequence[Found], layout: Layout = PLAIN, shorten: Shorten | None = None
+) -> list[dict[str, str]]:
+    """The messages with the demonstrations in them; as they were where there are none.
+
+    They stand in front of a user's message, and behind what a system message already says.
+    """
+    out = [dict(message) for message in messages]
+    if not found:
+        return out
+    text = rendered(found, layout, shorten)
+    first = next((index for index, message in enumerate(out) if message["role"] == layout.place), None)
+    if first is None:
+        return [{"role": layout.place, "content": text}, *out]
+    content = out[first]["content"]
+    out[first]["content"] = f"{content}\n\n{text}" if layout.place == "system" else f"{text}\n\n{content}"
+    return out
+
+
+def rendered(found: Sequence[Found], layout: Layout = PLAIN, shorten: Shorten | None = None) -> str:
+    """The demonstrations as one text, the most similar first."""
+    parts = [_one(number, each, layout, shorten) for number, each in enumerate(found, 1)]
+    return "\n\n".join(part for part in (layout.opening, *parts, layout.closing) if part)
+
+
+def fitting(found: Sequence[Found], count: Callable[[str], int], limit: int, layout: Layout = PLAIN) -> list[Found]:
+    """As many of the most similar as make a text of at most ``limit`` by ``count`` (its tokens, say)."""
+    kept = list(found)
+    while kept and count(rendered(kept, layout)) > limit:
+        kept.pop()
+    return kept
+
+
+def situation_of(messages: Messages) -> Situation:
+    """Where a conversation stands, for callers that do not say: it began with a goal, and the last message is seen."""
+    said = [message["content"] for message in messages if message["role"] == "user"]
+    return Situation(goal=said[0] if len(said) > 1 else "", observation=said[-1] if said else "")
+
+
+def _one(number: int, found: Found, layout: Layout, shorten: Shorten | None) -> str:
+    whole, last = found.demonstration, len(found.demonstration.steps)
+    lines = [f"Example {number}", _line(layout.goal, whole.goal), _line(layout.plan, whole.plan)]
+    if (found.start, found.stop) != (0, last):
+        # a student must not take the middle of something for its beginning or end
+        lines.append(f"(steps {found.start + 1} to {found.stop} of {last})")
+    for step in found.steps:
+        lines += _step(step, layout, shorten)
+    return "\n".join(line for line in lines if line)
+
+
+def _step(step: Step, layout: Layout, shorten: Shorten | None) -> list[str]:
+    # what is done stays as it is: it is what the student is to repeat
+    seen = shorten(step.observation) if shorten else step.observation
+    return [
+        _line(layout.observation, seen),
+        _line(layout.reasoning, step.reasoning),
+        _line(layout.action, step.action),
+    ]
+
+
+def _line(label: str, text: str) -> str:
+    return f"{label} {text}".strip() if text else ""

@@ -1,0 +1,276 @@
+"""The cascade (arXiv 2512.02543): the student several times, and the teacher for this step alone where they disagree.
+
+Knows answerers, votes and ledgers. Does not know what an answerer is made of, or what the answers are for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from accel.errors import AccelError, ModelError
+from accel.methods.cascade.accounting import STUDENT, TEACHER, Attempt, Ledger, Totals
+from accel.methods.cascade.agreement import Key, Same, Tally, Verdict
+from accel.methods.cascade.answerer import Answerer, Messages, Reply, Sampling, Unanswered, check_messages
+from accel.methods.cascade.options import CascadeOptions
+from accel.methods.cascade.prices import HourPrice, Usage
+from accel.methods.cascade.prompt import PLAIN, Layout, Shorten, situation_of, with_demonstrations
+from accel.methods.cascade.store import Demonstration, DemonstrationStore, Found, Situation, Step
+
+AGREED, ESCALATED, FALLBACK = "agreed", "escalated", "fallback"
+UNREADABLE = "an answer that is empty, or that the comparison cannot read"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a cascade says, who said it, why, and what it cost.
+
+    ``decision``: "agreed" (the student's samples did), "escalated" (the teacher's answer), or "fallback" (the teacher
+    was wanted and did not answer: the student's best). ``notes``: what else should be known, a sentence each.
+    """
+
+    text: str
+    decision: str
+    verdict: Verdict
+    ledger: Ledger
+    found: tuple[Found, ...]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+    @property
+    def model(self) -> str | None:
+        """The model that really answered."""
+        return self.ledger.answered_by
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return {
+            "text": self.text,
+            "decision": self.decision,
+            **self.ledger.as_dict(),
+            "votes": self.verdict.votes,
+            "samples": self.verdict.taken,
+            "planned_samples": self.verdict.planned,
+            "demonstrations": len(self.found),
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+class NoAnswer(ModelError):
+    """Nobody answered; ``ledger`` has what was charged all the same."""
+
+    def __init__(self, message: str, ledger: Ledger) -> None:
+        super().__init__(message)
+        self.ledger = ledger
+
+
+class Cascade:
+    """Routes requests between a student and a teacher; any number of threads may ask at once.
+
+    Without a teacher, samples that do not agree give the student's best answer. ``key`` or ``same`` compare answers in
+    the place of ``options.compare`` (see ``agreement.Rule``). ``totals`` are the sums over all requests.
+    """
+
+    def __init__(
+        self,
+        student: Answerer,
+        teacher: Answerer | None,
+        options: CascadeOptions | None = None,
+        *,
+        store: DemonstrationStore | None = None,
+        key: Key | None = None,
+        same: Same | None = None,
+        layout: Layout = PLAIN,
+        shorten: Shorten | None = None,
+    ) -> None:
+        self.student, self.teacher, self.store = student, teacher, store
+        self.options = options or CascadeOptions()
+        self.rule = self.options.rule(key, same)
+        self.layout, self.shorten = layout, shorten
+        self.totals = Totals()
+        self._lock = threading.Lock()
+        # seconds of the teacher's answers so far, and how many: what one would have taken
+        self._teacher_seconds, self._teacher_answers = 0.0, 0
+
+    def answer(self, messages: Messages, situation: Situation | None = None) -> Answer:
+        """Answer the last message, at the latest after both time limits; raises ``NoAnswer``.
+
+        ``situation``: what demonstrations are found by; read from the messages where it is not given.
+        """
+        check_messages(messages)
+        return _Request(self, messages, situation or situation_of(messages)).answer()
+
+    def _account(self, ledger: Ledger) -> None:
+        answered = [a for a in ledger.attempts if a.role == TEACHER and a.error is None]
+        with self._lock:
+            self.totals.add(ledger)
+            self._teacher_seconds += sum(attempt.seconds for attempt in answered)
+            self._teacher_answers += len(answered)
+
+    def _usual_teacher_seconds(self) -> float | None:
+        with self._lock:
+            return self._teacher_seconds / self._teacher_answers if self._teacher_answers else None
+
+
+class _Request:
+    """One question on its way."""
+
+    def __init__(self, cascade: Cascade, messages: Messages, situation: Situation) -> None:
+        self.cascade, self.options = cascade, cascade.options
+        self.messages, self.situation = messages, situation
+        self.began = time.monotonic()
+        self.attempts: list[Attempt] = []
+        self.notes: list[str] = []
+        self.found = self._retrieve()
+        self.shown = with_demonstrations(messages, self.found, cascade.layout, cascade.shorten)
+
+    def answer(self) -> Answer:
+        tally = self._ask_student()
+        verdict = tally.verdict()
+        if verdict.text is not None:
+            return self._finish(verdict.text, AGREED, verdict, self._student_model())
+        why = self._why_not(verdict)
+        if self.cascade.teacher is not None:
+            taught = self._ask_teacher(self.cascade.teacher)
+            if isinstance(taught, Reply):
+                self.attempts = [replace(each, rejected=each.role == STUDENT) for each in self.attempts]
+                self._learn(taught)
+                return self._finish(taught.samples[0].text, ESCALATED, verdict, taught.model)
+            why = f"{why}; {taught}"
+        best = tally.best()
+        wanted_teacher = self.cascade.teacher is not None and self.options.without_teacher == "error"
+        if best is None or wanted_teacher:
+            self.attempts = [replace(each, rejected=True) for each in self.attempts]
+            ledger = self._ledger(None, verdict)
+            raise NoAnswer(why, ledger)
+        self.notes.append(why)
+        return self._finish(best.text, FALLBACK, verdict, self._student_model())
+
+    def _retrieve(self) -> tuple[Found, ...]:
+        store, k = self.cascade.store, self.options.demonstrations
+        if store is None or k == 0:
+            return ()
+        try:
+            return tuple(store.retrieve(self.situation, k, window=self.options.window))
+        except AccelError as error:
+            # a question is worth answering without examples too
+            self.notes.append(f"without demonstrations: {error}")
+            return ()
+
+    def _ask_student(self) -> Tally:
+        """Samples until they are decided, or there are no more, or the time is over."""
+        student, options = self.cascade.student, self.options
+        in_rounds = options.early_exit == "always" or (options.early_exit == "auto" and not student.shares_prompt)
+        tally = self.cascade.rule.tally()
+        last = time.monotonic() + options.student_seconds
+        while not tally.decided():
+            n = tally.fewest() if in_rounds else options.samples - tally.taken
+            settings = options.student_sampling(tally.taken)
+            reply = self._ask(student, STUDENT, self.shown, n, settings, last - time.monotonic())
+            if not isinstance(reply, Reply):
+                self.notes.append(reply)
+                break
+            for sample in reply.samples[:n]:
+                tally.add(sample.text)
+        return tally
+
+    def _ask_teacher(self, teacher: Answerer) -> Reply | str:
+        """The teacher's answer to the question as it came, or why there is none that can be used."""
+        reply = self._ask(
+            teacher, TEACHER, self.messages, 1, self.options.teacher_sampling(), self.options.teacher_seconds
+        )
+        if isinstance(reply, Reply) and self.cascade.rule.key(reply.samples[0].text) is None:
+            self.attempts[-1] = replace(self.attempts[-1], rejected=True, error=UNREADABLE)
+            return f"{teacher.name}: {UNREADABLE}"
+        return reply
+
+    def _ask(
+        self, who: Answerer, role: str, messages: Messages, n: int, settings: Sampling, seconds: float
+    ) -> Reply | str:
+        """A reply with at least one sample, or why there is none; either is on the account."""
+        if seconds <= 0:
+            return f"{who.name}: no time left"
+        try:
+            reply = who.sample(messages, n, settings, seconds=seconds)
+        except Unanswered as error:
+            failed = Attempt(who.name, role, error.usage, error.seconds, who.price, n, rejected=True, error=str(error))
+            self.attempts.append(failed)
+            return str(error)
+        made = Attempt(reply.model, role, reply.usage, reply.seconds, who.price, len(reply.samples))
+        self.attempts.append(made)
+        if reply.samples:
+            return reply
+        self.attempts[-1] = replace(made, rejected=True, error="no samples")
+        return f"{who.name}: no samples"
+
+    def _why_not(self, verdict: Verdict) -> str:
+        failed = self.attempts[-1].error if self.attempts else None
+        if failed is not None:
+            return failed
+        needed = f"{self.cascade.rule.needed} of {verdict.planned} must"
+        return f"{verdict.votes} of {verdict.taken} samples of {self.cascade.student.name} agree, {needed}"
+
+    def _student_model(self) -> str:
+        answered = [each.model for each in self.attempts if each.role == STUDENT and each.error is None]
+        return answered[0]
+
+    def _finish(self, text: str, decision: str, verdict: Verdict, model: str) -> Answer:
+        ledger = self._ledger(model, verdict)
+        seconds = time.monotonic() - self.began
+        return Answer(text, decision, verdict, ledger, self.found, seconds, tuple(self.notes))
+
+    def _ledger(self, model: str | None, verdict: Verdict) -> Ledger:
+        ledger = Ledger(tuple(self.attempts), model, verdict.agreement, self._teacher_estimate())
+        self.cascade._account(ledger)
+        return ledger
+
+    def _teacher_estimate(self) -> float | None:
+        """$ that the teacher would have taken: the question's share of what the student read, and one answer's length.
+
+        By the hour: as long as its answers took so far.
+        """
+        teacher = self.cascade.teacher
+        price = None if teacher is None else teacher.price
+        if price is None:
+            return None
+        if isinstance(price, HourPrice):
+            usual = self.cascade._usual_teacher_seconds()
+            return None if usual is None else price.dollars(None, usual)
+        answered = [a for a in self.attempts if a.role == STUDENT and a.usage is not None and a.samples and not a.error]
+        if not answered or answered[0].usage is None:
+            return None
+        usage, samples = answered[0].usage, answered[0].samples
+        readings = 1 if self.cascade.student.shares_prompt else samples
+        share = _length(self.messages) / max(1, _length(self.shown)) / readings
+        return price.dollars(Usage(round(usage.input_tokens * share), 0, round(usage.output_tokens / samples)), 0.0)
+
+    def _learn(self, taught: Reply) -> None:
+        """Keep what the teacher did here as a demonstration of one step, which is taken for a success."""
+        store = self.cascade.store
+        if not self.options.learn or store is None:
+            return
+        text, marker = taught.samples[0].text, self.options.action_marker
+        reasoning, found, action = text.rpartition(marker) if marker else ("", "", text)
+        step = Step(self.situation.observation, action.strip() if found else action, reasoning.strip())
+        try:
+            store.add(
+                [
+                    Demonstration(
+                        self.situation.goal,
+                        (step,),
+                        plan=self.situation.plan,
+                        episode=self.situation.episode,
+                        source=f"teacher:{taught.model}",
+                    )
+                ]
+            )
+        except AccelError as error:
+            self.notes.append(f"not learned: {error}")
+
+
+def _length(messages: Messages | Sequence[dict[str, str]]) -> int:
+    return sum(len(message["content"]) for message in messages)
