@@ -49,8 +49,8 @@ $(LINKS): accel/%:
 demo: setup
 	$(BIN)/accel bench
 	$(BIN)/accel bench --suite cartridge --limit 16 --concurrency 1,4 --repeat 1
-	$(BIN)/accel bench --suite dparallel --limit 32 --timed 16 --repeat 1 --no-sweep
-	$(BIN)/accel bench --suite lawcat --lengths 128,512,1024,2048 --limit 4 --repeat 1 --concurrency 1
+	$(BIN)/accel bench --suite dparallel --limit 16 --timed 4 --repeat 1 --no-sweep
+	$(BIN)/accel bench --suite lawcat --lengths 128,512,1024 --limit 4 --repeat 1 --concurrency 1
 
 test: setup lint types
 	$(BIN)/python -m pytest

@@ -344,7 +344,7 @@ def _bench_dparallel(model: str, given: dict[str, Any]) -> None:
 
 
 def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
-    artifacts = given["artifacts"] or ((DEFAULT_LAWCAT,) if model == DEFAULT_RETRIEVAL else ())
+    artifacts: tuple[str, ...] = given["artifacts"] or ((DEFAULT_LAWCAT,) if model == DEFAULT_RETRIEVAL else ())
     if len(artifacts) != 1:
         raise OptionError("suite 'lawcat' holds one conversion against MODEL: name it with -a")
     if len(given["corpora"]) > 1:

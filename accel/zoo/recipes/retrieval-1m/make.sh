@@ -10,12 +10,10 @@ python tasks.py --tokenizer ../../../../build/retrieval/tokenizer --count 12000 
   --seed 1 > ../../../../build/retrieval/mixed.jsonl
 python tasks.py --tokenizer ../../../../build/retrieval/tokenizer --count 16000 --length 128 --seed 3 \
   > ../../../../build/retrieval/lessons.jsonl
-if [ ! -d ../../../../build/retrieval/retrieval-1m ]; then
-  python ../causal.py --prompts ../../../../build/retrieval/mixed.jsonl \
-    --tokenizer ../../../../build/retrieval/tokenizer --hidden 128 --layers 4 --heads 2 --look-back --positions 128 \
-    --batch-tokens 2048 --steps 2000 --learning-rate 2e-3 --prompt-weight 0.3 --artifact \
-    --output ../../../../build/retrieval/retrieval-1m
-fi
+test -d ../../../../build/retrieval/retrieval-1m ||
+python ../causal.py --prompts ../../../../build/retrieval/mixed.jsonl --tokenizer ../../../../build/retrieval/tokenizer \
+  --hidden 128 --layers 4 --heads 2 --look-back --positions 128 --batch-tokens 2048 --steps 2000 \
+  --learning-rate 2e-3 --prompt-weight 0.3 --artifact --output ../../../../build/retrieval/retrieval-1m
 cd ../../../../build/retrieval
 # ids are looked for here first
 export ACCEL_ARTIFACTS="$PWD"
