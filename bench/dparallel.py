@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from accel.artifacts import tokenizer_digest
 from accel.bench import environment, saving, summary
 from accel.bench.arms import Arm, attached
 from accel.bench.measure import clocked, generate_kwargs, left_padded, rotated
-from accel.bench.metrics import output_throughput, paired_difference
+from accel.bench.metrics import output_throughput, paired, paired_difference
 from accel.bench.workloads import Prompt, digest, encode, load_answered, sample
 from accel.errors import OptionError
 from accel.methods.dparallel.distill.calibrate import Point, aup_of, check_length, decode, one_token, sweep
@@ -231,12 +230,6 @@ def _timed(
         }
         for name, each in seconds.items()
     }
-
-
-def paired(reference: Sequence[float], mine: Sequence[float]) -> list[float]:
-    """How many times as fast: median, least and most of the ratios of runs made side by side."""
-    ratios = [a / b for a, b in zip(reference, mine, strict=True)]
-    return [median(ratios), min(ratios), max(ratios)]
 
 
 def _sweeps(

@@ -25,10 +25,10 @@ import accel
 from accel.artifacts import open_artifact, resolve
 from accel.bench import environment, passkey, saving, summary
 from accel.bench.arms import Arm, attached
-from accel.bench.dparallel import paired
 from accel.bench.measure import generate_kwargs, left_padded, rotated
-from accel.bench.metrics import wilson
+from accel.bench.metrics import paired, wilson
 from accel.bench.workloads import digest, encode, load_answered, sample
+from accel.distill.files import read_text
 from accel.distill.forward import Scorer
 from accel.errors import OptionError
 from accel.methods.lawcat.artifact import Lawcat
@@ -93,7 +93,7 @@ class Asked:
 
 def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     """Measure as ``plan`` says and return the document, which is also written to ``plan.output``."""
-    text = _read(plan.corpus)
+    text = read_text(plan.corpus, "the text")
     artifact = open_artifact(resolve(plan.artifact))
     told("loading the model …")
     loaded = accel.load(plan.model, device=plan.device, dtype=plan.dtype, method="plain")
@@ -170,13 +170,6 @@ def break_even(rows: Sequence[Mapping[str, Any]]) -> int | None:
             break
         found = row["length"]
     return found
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the text {path}: {error}") from error
 
 
 def _lengths(plan: Plan, trained: int | None) -> tuple[int, ...]:

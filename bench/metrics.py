@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
+from statistics import median
 
 import numpy as np
 
@@ -81,6 +82,12 @@ class Difference:
     mean: float
     low: float
     high: float
+
+
+def paired(reference: Sequence[float], mine: Sequence[float]) -> list[float]:
+    """How many times as fast: median, least and most of the ratios of runs made side by side."""
+    ratios = [a / b for a, b in zip(reference, mine, strict=True)]
+    return [median(ratios), min(ratios), max(ratios)]
 
 
 def paired_difference(mine: Sequence[float], theirs: Sequence[float]) -> Difference:
