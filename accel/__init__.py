@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from accel.api import Model, attach, cartridges, detach, generate, load, stats
+    from accel.api import Model, attach, cartridges, cascade, detach, generate, load, stats
     from accel.artifacts import Artifact
     from accel.drafters.base import Ask, Draft, Drafter
     from accel.errors import AccelError
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "attach": "accel.api",
     "cartridges": "accel.api",
+    "cascade": "accel.api",
     "detach": "accel.api",
     "generate": "accel.api",
     "load": "accel.api",
@@ -46,6 +47,7 @@ __all__ = [
     "Stats",
     "attach",
     "cartridges",
+    "cascade",
     "detach",
     "generate",
     "load",

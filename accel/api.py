@@ -6,19 +6,25 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Thread
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from accel.artifacts import Artifact
 from accel.engine.attached import SHARED_OPTIONS, STATE, Attached, method_for
+from accel.engine.given import opened, parted
 from accel.errors import AccelError, ModelError, OptionError
 from accel.methods.cartridge import template
 from accel.methods.cartridge.store import CartridgeStore
 from accel.models.loading import load_model
-from accel.types import Stats
+from accel.types import Stats, options_from
+
+if TYPE_CHECKING:
+    from accel.methods.cascade.agreement import Key, Same
+    from accel.methods.cascade.router import Cascade
 
 # stats of accel.generate(), which leaves no trace on the model
 _one_off_stats: WeakKeyDictionary[PreTrainedModel, Stats] = WeakKeyDictionary()
@@ -127,6 +133,53 @@ def load(
     """Load a model by alias, folder or hub id, and attach it; ``options`` are those of ``attach``."""
     model, tokenizer = load_model(name_or_path, device=device, dtype=dtype)
     return Model(attach(model, *artifacts, **{"tokenizer": tokenizer} | options), tokenizer)
+
+
+def cascade(
+    student: object,
+    artifacts: Sequence[object] = (),
+    *,
+    teacher: object = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    key: Key | None = None,
+    same: Same | None = None,
+    **options: Any,
+) -> Cascade:
+    """A cheap student that is shown a teacher's demonstrations and asked several times; the teacher where it wavers.
+
+    ``student`` and ``teacher``: a name as for ``load``, ``MODEL@URL`` of an OpenAI-compatible endpoint, an
+    ``accel.Model`` (with its draft and cartridges), or an ``Answerer``. Without a teacher samples that differ give the
+    student's best answer. ``artifacts``: demonstrations (kind "demos"), and whatever else the student is to be
+    loaded with. ``options``: those of the method (``accel methods``), the others are for loading the student. ``key``
+    or ``same``: a comparison of one's own. ``.answer(messages)`` says who answered, why, and what it cost.
+    In-context distillation with self-consistency cascades, arXiv 2512.02543.
+    """
+    # a client for HTTP and a database: not for those who load a model
+    from accel.methods.cascade import build
+    from accel.methods.cascade.demos import Demos
+
+    found, others = parted(map(opened, artifacts), Demos)
+    names = {field.name for field in dataclasses.fields(build.CascadeSetup)}
+    own = {name: value for name, value in options.items() if name in names}
+    rest = {name: value for name, value in options.items() if name not in names}
+    setup: build.CascadeSetup = options_from(build.CascadeSetup, {"teacher": teacher, **own}, "method 'cascade'")
+    if (others or rest) and (not isinstance(student, str) or "@http" in student):
+        given = ", ".join([*map(str, others), *rest])
+        raise OptionError(f"{given}: for a student that is loaded here by its name, and this one is there already")
+
+    def load_student(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        made = load(name, others, device=device, dtype=dtype, **rest)
+        return made.model, made.tokenizer
+
+    def load_teacher(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+        made = load(name, device=device, dtype=dtype)
+        return made.model, made.tokenizer
+
+    asked = build.answerer(student, setup, load_student)
+    above = None if setup.teacher is None else build.answerer(setup.teacher, setup, load_teacher)
+    demos = [Demos.load(each) if isinstance(each, Artifact) else each for each in found]
+    return build.cascade(asked, above, setup, demos, key=key, same=same)
 
 
 class _Abandoned(Exception):

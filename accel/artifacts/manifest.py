@@ -17,6 +17,8 @@ from accel.errors import ArtifactError
 MANIFEST_NAME = "accel.json"
 FORMAT_VERSION = 1
 KINDS = ("cartridge", "demos", "dparallel", "draft", "lawcat", "model")
+# those that any model may use: whoever they came from need not be known by digest
+FREE_OF_WEIGHTS = ("demos",)
 # data only: nothing here is ever executed or unpickled by a reader
 FILE_SUFFIXES = (".safetensors", ".json", ".jsonl", ".txt", ".jinja", ".md")
 
@@ -26,11 +28,15 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The model an artifact was distilled for, by digest: a name alone proves nothing."""
+    """The model an artifact was distilled for, by digest: a name alone proves nothing.
+
+    Of demonstrations it is the model whose answers they are; where that is an endpoint it has no digest, and no
+    vocabulary (0).
+    """
 
     name: str
     revision: str | None
-    config_digest: str
+    config_digest: str | None
     # None where the base model has no tokenizer of its own
     tokenizer_digest: str | None
     vocab_size: int
@@ -171,7 +177,7 @@ def _base(value: Any, path: str) -> BaseModel:
     checks = {
         "name": _string,
         "revision": _or_null(_string),
-        "config_digest": _digest,
+        "config_digest": _or_null(_digest),
         "tokenizer_digest": _or_null(_digest),
         "vocab_size": _count,
     }
@@ -212,7 +218,10 @@ def _manifest(raw: Any, where: str) -> Manifest:
             "measured": _object,
             "files": _files,
         }
-        return Manifest(**_fields(raw, "", checks))
+        manifest = Manifest(**_fields(raw, "", checks))
+        if manifest.base.config_digest is None and manifest.kind not in FREE_OF_WEIGHTS:
+            raise _wrong("base.config_digest", None, "a sha256 of 64 lower-case hex digits")
+        return manifest
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from None
 

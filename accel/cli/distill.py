@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from accel.cli import distill_lawcat, distill_masked
+from accel.cli import distill_demos, distill_lawcat, distill_masked
 from accel.cli.common import DEFAULT_MODEL, parse_layers
 from accel.cli.recipes import Run, folder_options, prompts_option, run_options
 
@@ -272,5 +272,11 @@ def _size(count: int) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-for _command in (distill_lawcat.lawcat, distill_masked.a2d, distill_masked.dparallel, distill_masked.calibrate):
+for _command in (
+    distill_lawcat.lawcat,
+    distill_masked.a2d,
+    distill_masked.dparallel,
+    distill_masked.calibrate,
+    distill_demos.demos,
+):
     distill.add_command(_command)

@@ -24,6 +24,7 @@ from accel.errors import OptionError
 
 if TYPE_CHECKING:
     from accel import Model, Stats
+    from accel.methods.cascade.router import Answer
 
 
 @click.command(short_help="Generate text with a model and its artifacts.")
@@ -76,13 +77,23 @@ def generate(
 ) -> None:
     """Generate text for PROMPT, or for what is piped in. The answer streams to stdout."""
     text = prompt if prompt is not None else _piped()
-    sampling = _sampling(temperature, top_p, top_k)
     if seed is not None:
         options = {**options, "seed": seed}
     if log is not None:
         options = {**options, "log": log}
     if log_max_size is not None:
         options = {**options, "log_max_bytes": parse_bytes(log_max_size)}
+    if method == "cascade":
+        if raw or top_p is not None or top_k is not None:
+            raise OptionError(
+                "--raw, --top-p and --top-k do not go with method 'cascade': it asks in messages and decodes as -o says"
+            )
+        told: dict[str, Any] = {"max_tokens": max_new_tokens, "device": device, "dtype": dtype}
+        if temperature > 0:
+            told["temperature"] = temperature
+        _cascade(model or DEFAULT_MODEL, artifact, text, told | options, show_stats, as_json, output)
+        return
+    sampling = _sampling(temperature, top_p, top_k)
     import accel
 
     with Progress() as progress:
@@ -98,6 +109,41 @@ def generate(
     emit(document, "", as_json=as_json, output=output)
     if show_stats:
         click.echo(_summary(figures), err=True)
+
+
+def _cascade(
+    student: str,
+    artifacts: tuple[str, ...],
+    text: str,
+    options: dict[str, Any],
+    show_stats: bool,
+    as_json: bool,
+    output: Path | None,
+) -> None:
+    """The answer of a cascade, and on request who gave it and what it cost."""
+    import accel
+
+    with Progress() as progress:
+        progress("loading the student …")
+        cascade = accel.cascade(student, artifacts, **options)
+        progress("asking …")
+        answer = cascade.answer([{"role": "user", "content": text}])
+    emit({"model": student, "prompt": text, **answer.as_dict()}, answer.text, as_json=as_json, output=output)
+    if show_stats:
+        click.echo(_account(answer), err=True)
+
+
+def _account(answer: Answer) -> str:
+    ledger, verdict = answer.ledger, answer.verdict
+    parts = [
+        f"{answer.decision}: {answer.model} answered in {answer.seconds:.2f} s",
+        f"{verdict.votes} of {verdict.taken} samples agree",
+        f"{len(answer.found)} demonstrations",
+        "cost unknown: a model has no price" if ledger.cost is None else f"${ledger.cost:.6f}",
+    ]
+    if ledger.saved is not None:
+        parts.append(f"${ledger.saved:.6f} saved{' (estimated)' if ledger.estimated else ''}")
+    return " · ".join([*parts, *answer.notes])
 
 
 def _piped() -> str:

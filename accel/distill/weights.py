@@ -13,7 +13,7 @@ from accel.artifacts import BaseModel
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def describe_teacher(base: BaseModel, model: PreTrainedModel) -> dict[str, str]:
+def describe_teacher(base: BaseModel, model: PreTrainedModel) -> dict[str, str | None]:
     """What a manifest says of the model that was learned from: ``base``, and which checkpoint of it."""
     return {"name": base.name, "config_digest": base.config_digest, "weights_digest": weights_digest(model)}
 

@@ -443,6 +443,10 @@ def method_for(model: PreTrainedModel, name: str | None) -> MethodInfo:
     """The decoding method called ``name``, or the model's usual one; refused where the two do not go together."""
     masked = facts_of(model) is not None
     method = get(name or ("dparallel" if masked else "speculative"))
+    if method.axis == "router":
+        raise OptionError(
+            f"method {method.name!r} asks whole models and attaches to none: use accel.{method.name}(student, …)"
+        )
     if method.axis != "decoder":
         raise OptionError(
             f"method {method.name!r} is on the {method.axis} axis and decodes nothing: pass its artifact and leave "

@@ -70,6 +70,13 @@ TABLE: dict[str, MethodInfo] = {
             None,
             "softmax layers replaced by gated linear attention with a state of one size, however long the context",
         ),
+        MethodInfo(
+            "cascade",
+            "router",
+            "accel.methods.cascade.router:Cascade",
+            "accel.methods.cascade.build:CascadeSetup",
+            "a cheap student with a teacher's demonstrations, asked several times; the teacher where these differ",
+        ),
     )
 }
 

@@ -72,7 +72,9 @@ class Answerer(Protocol):
 
     name: str
     price: Price | None
-    shares_prompt: bool
+
+    @property
+    def shares_prompt(self) -> bool: ...
 
     def sample(self, messages: Messages, n: int, settings: Sampling, *, seconds: float) -> Reply:
         """n answers to the messages, at the latest after ``seconds``; raises ``Unanswered``."""

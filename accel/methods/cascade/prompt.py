@@ -79,7 +79,7 @@ def situation_of(messages: Messages) -> Situation:
 
 def _one(number: int, found: Found, layout: Layout, shorten: Shorten | None) -> str:
     whole, last = found.demonstration, len(found.demonstration.steps)
-    lines = [f"Example {number}", _line(layout.goal, whole.goal), _line(layout.plan, whole.plan)]
+    lines = [f"Example {number}", line(layout.goal, whole.goal), line(layout.plan, whole.plan)]
     if (found.start, found.stop) != (0, last):
         # a student must not take the middle of something for its beginning or end
         lines.append(f"(steps {found.start + 1} to {found.stop} of {last})")
@@ -92,11 +92,11 @@ def _step(step: Step, layout: Layout, shorten: Shorten | None) -> list[str]:
     # what is done stays as it is: it is what the student is to repeat
     seen = shorten(step.observation) if shorten else step.observation
     return [
-        _line(layout.observation, seen),
-        _line(layout.reasoning, step.reasoning),
-        _line(layout.action, step.action),
+        line(layout.observation, seen),
+        line(layout.reasoning, step.reasoning),
+        line(layout.action, step.action),
     ]
 
 
-def _line(label: str, text: str) -> str:
+def line(label: str, text: str) -> str:
     return f"{label} {text}".strip() if text else ""

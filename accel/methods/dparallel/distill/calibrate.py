@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from accel.distill.checking import is_right
 from accel.distill.prompts import Encoded, Prompt
 from accel.errors import OptionError
 from accel.kernels.unmask import COUNTING_RULES, RULES
-from accel.methods.dparallel.distill.checking import is_right
 from accel.methods.dparallel.distill.trajectories import answers, text_of
 from accel.methods.dparallel.options import DParallelOptions
 from accel.models.diffusion import Denoiser

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from accel.distill.cache import LessonCache
+from accel.distill.checking import is_right
 from accel.distill.lessons import complete
 from accel.distill.prompts import Encoded
 from accel.distill.teacher import Lesson
 from accel.errors import OptionError
 from accel.methods.dparallel.decoder import DParallelDecoder
-from accel.methods.dparallel.distill.checking import is_right
 from accel.methods.dparallel.options import DParallelOptions
 from accel.models.diffusion import Denoiser
 from accel.types import Request, Stats

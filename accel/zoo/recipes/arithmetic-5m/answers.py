@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from accel.methods.dparallel.distill.checking import is_right
+from accel.distill.checking import is_right
 
 
 @torch.no_grad()

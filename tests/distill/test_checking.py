@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from accel.methods.dparallel.distill.checking import final_answer, is_right
+from accel.distill.checking import final_answer, is_right
 
 
 @pytest.mark.parametrize(
