@@ -68,6 +68,11 @@ def drafter_from(
 
 def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) -> Drafter:
     """A draft artifact: its parameters hold the draft's ``config`` and, for a trimmed vocabulary, ``unknown``."""
+    if artifact.manifest.kind == "demos":
+        raise ArtifactError(
+            f"{artifact.path.name} holds demonstrations (demos), which nothing decodes with: pass it to "
+            "accel.cascade(student, …), or to --method cascade"
+        )
     if artifact.manifest.kind != "draft":
         raise ArtifactError(
             f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind 'draft', or "

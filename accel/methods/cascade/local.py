@@ -78,7 +78,7 @@ class LocalAnswerer:
             # a checkpoint's own top-k or top-p would change what is asked for here
             choices = {
                 "do_sample": True,
-                "temperature": settings.temperature,
+                "temperature": float(settings.temperature),
                 "top_k": 0,
                 "top_p": settings.top_p or 1.0,
             }
