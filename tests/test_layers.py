@@ -32,6 +32,8 @@ BENCH_MAY = {
     "accel.engine.attached",
     # the suite `cartridge` reads documents as recipes do, and proves the path before it measures
     "accel.methods.cartridge",
+    # the suite `cascade` runs the cascade, compares answers as it does, and is asked as it asks
+    "accel.methods.cascade",
     # the suite `lawcat` reads a conversion for its model before it attaches it
     "accel.methods.lawcat.artifact",
     # the suite `dparallel` opens models, decodes, counts and sweeps as calibration does
