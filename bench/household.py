@@ -34,9 +34,9 @@ PLACES = ("cabinet", "counter", "desk", "drawer", "fridge", "shelf", "sink", "st
 CLOSED = frozenset({"cabinet", "drawer", "fridge"})
 INSIDE = CLOSED | {"sink"}
 
-DISHES = ("bowl", "cup", "fork", "glass", "jug", "knife", "mug", "pan", "plate", "spoon")
-FOODS = ("apple", "bread", "corn", "egg", "milk", "pie", "potato", "rice", "soup", "tomato")
-PAPERS = ("atlas", "book", "card", "diary", "letter", "map", "menu", "novel", "photo", "recipe")
+DISHES = ("cup", "fork", "pan", "plate")
+FOODS = ("apple", "bread", "egg", "soup")
+PAPERS = ("book", "letter")
 THINGS = (*DISHES, *FOODS, *PAPERS)
 
 
@@ -124,10 +124,16 @@ class Episode:
 
 
 def said(answer: str) -> str:
-    """The action in an answer: its first line, without "Action:", quotes, a full stop and capitals."""
+    """The action in an answer: its first line, without "Action:", quotes, a full stop, capitals and articles.
+
+    Where something is put need not be said, and may be.
+    """
     line = next((line for line in answer.splitlines() if line.strip()), "")
-    plain = " ".join(line.casefold().split()).strip("\"'`“”‘’ ")
-    return plain.removeprefix("action:").strip("\"'`“”‘’. ")
+    plain = line.casefold().strip("\"'`“”‘’ ").removeprefix("action:").strip("\"'`“”‘’. ")
+    words = [word for word in plain.split() if word != "the"]
+    if words[:1] == ["put"] and words[2:3] in (["in"], ["on"], ["at"]):
+        words = words[:2]
+    return " ".join(words)
 
 
 def expert(goal: str, observation: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,12 @@ if TYPE_CHECKING:
 @click.option("--stop", multiple=True, metavar="TEXT", help="Ends an answer. Repeatable.")
 @click.option("--marker", default="", metavar="TEXT", help="Stands in front of the action, behind the reasoning.")
 @click.option("--history", type=int, default=0, show_default=True, help="Steps before that each question shows again.")
+@click.option(
+    "--place",
+    default="turns",
+    show_default=True,
+    help="Where a student is shown them: as turns of the conversation, in the system message, or the first user's.",
+)
 @click.option("--seconds", type=float, default=120.0, show_default=True, help="Time limit of an answer.")
 @click.option("--workers", type=int, default=1, show_default=True, help="Tasks at once.")
 @click.option("--key-variable", metavar="NAME", help="Environment variable with TEACHER's key.")
@@ -61,6 +68,7 @@ def demos(
     output: Path | None,
     work: Path | None,
     max_new_tokens: int,
+    place: str,
     key_variable: str | None,
     prices: str | None,
     threads: int | None,
@@ -85,11 +93,12 @@ def demos(
     from accel.artifacts import BaseModel, describe_base, json_digest
     from accel.methods.cascade.build import CascadeSetup, answerer
     from accel.methods.cascade.demos import Demos
-    from accel.methods.cascade.distill.collect import QUESTIONS, Recipe, collect, measured
+    from accel.methods.cascade.distill.collect import Recipe, collect, measured
     from accel.methods.cascade.local import LocalAnswerer
-    from accel.methods.cascade.prompt import PLAIN
+    from accel.methods.cascade.prompt import PLAIN, QUESTIONS
 
-    recipe = Recipe(max_tokens=max_new_tokens, layout=QUESTIONS if environment is None else PLAIN, **choices)
+    layout = replace(QUESTIONS if environment is None else PLAIN, place=place)
+    recipe = Recipe(max_tokens=max_new_tokens, layout=layout, **choices)
     use_threads(threads)
     with Progress() as progress:
         if environment is None:

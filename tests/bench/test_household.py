@@ -216,15 +216,15 @@ def acted(task, *actions):
 
 def test_an_episode_reads_like_this():
     texts, episode = acted(
-        task_of("heat", "soup", "drawer", "cabinet", others=[("mug", "cabinet")]),
+        task_of("heat", "soup", "drawer", "cabinet", others=[("cup", "cabinet")]),
         *("go to cabinet", "open cabinet", "take soup", "go to drawer", "go to stove", "heat soup", "go to drawer"),
         *("put soup", "open drawer", "put soup"),
     )
     assert texts == [
         "In the hall. Holding nothing. Not searched: cabinet, table.",
         "At the cabinet, closed. Holding nothing. Not searched: cabinet, table.",
-        "At the cabinet, open: mug, soup. Holding nothing.",
-        "At the cabinet, open: mug. Holding soup.",
+        "At the cabinet, open: cup, soup. Holding nothing.",
+        "At the cabinet, open: cup. Holding soup.",
         "At the drawer, closed. Holding soup.",
         "At the stove: nothing. Holding soup.",
         "At the stove: nothing. Holding soup (hot).",
@@ -239,40 +239,40 @@ def test_an_episode_reads_like_this():
 
 def test_what_was_seen_is_not_forgotten():
     texts, episode = acted(
-        task_of("look", "book", "desk", "table", others=[("mug", "desk")]),
-        *("go to table", "go to desk", "take mug", "use lamp", "go to table"),
+        task_of("look", "book", "desk", "table", others=[("cup", "desk")]),
+        *("go to table", "go to desk", "take cup", "use lamp", "go to table"),
     )
     assert texts[1:] == [
         "At the table: book. Holding nothing.",
-        "At the desk, lamp off: mug. Holding nothing. The book is at the table.",
-        "At the desk, lamp off: nothing. Holding mug. The book is at the table.",
-        "At the desk, lamp on: nothing. Holding mug. The book is at the table.",
-        "At the table: book. Holding mug.",
+        "At the desk, lamp off: cup. Holding nothing. The book is at the table.",
+        "At the desk, lamp off: nothing. Holding cup. The book is at the table.",
+        "At the desk, lamp on: nothing. Holding cup. The book is at the table.",
+        "At the table: book. Holding cup.",
     ]
-    for action in ("put mug", "take book", "go to desk"):
+    for action in ("put cup", "take book", "go to desk"):
         assert expert(episode.task.goal, episode.observation) == action and not episode.success
         episode.act(action)
     assert episode.success
 
 
 def test_a_thing_must_be_as_the_goal_says():
-    task = task_of("cool", "pie", "table", "stove", ("stove",))
-    _, episode = acted(task, "go to stove", "take pie", "heat pie", "go to table", "put pie")
-    assert not episode.success and episode.observation == "At the table: pie (hot). Holding nothing."
-    for action in ("take pie", "go to fridge", "open fridge", "cool pie", "go to table", "put pie"):
+    task = task_of("cool", "soup", "table", "stove", ("stove",))
+    _, episode = acted(task, "go to stove", "take soup", "heat soup", "go to table", "put soup")
+    assert not episode.success and episode.observation == "At the table: soup (hot). Holding nothing."
+    for action in ("take soup", "go to fridge", "open fridge", "cool soup", "go to table", "put soup"):
         assert expert(task.goal, episode.observation) == action and not episode.success
         episode.act(action)
     assert episode.success
 
 
 def test_steps_end():
-    task = task_of("put", "mug", "shelf", "table", ["table"])
+    task = task_of("put", "cup", "shelf", "table", ["table"])
     _, episode = acted(task, *["open the door"] * 11)
     assert episode.limit == 12 and not episode.done
     episode.act("go to table")
     assert episode.done and not episode.success
     # the last step may still be the one that succeeds
-    _, episode = acted(task, *["nothing"] * 8, "go to table", "take mug", "go to shelf", "put mug")
+    _, episode = acted(task, *["nothing"] * 8, "go to table", "take cup", "go to shelf", "put cup")
     assert episode.done and episode.success and episode.steps == 12
 
 
@@ -282,35 +282,35 @@ UNDERSTOOD = [
         "Action: go to table",
         "action: 'go to table.'",
         "go to table\nAction: go to desk",
-        "\n  go to table  \n\ntake mug",
+        "\n  go to table  \n\ntake cup",
     ),
 ]
 IDLE = [
-    *("", "\n", "I go to table", "table", "go table", "to table", "go open table", "go to the table", "go to", "put"),
+    *("", "\n", "I go to table", "table", "go table", "to table", "go open table", "go to", "put"),
     *(
         "put ",
         "take",
-        "take mug",
+        "take cup",
         "clean",
-        "clean mug",
+        "clean cup",
         "go to hall",
         "use",
         "lamp",
         "use lamp",
-        "go to table, take mug",
+        "go to table, take cup",
     ),
 ]
 
 
 @pytest.mark.parametrize("words", UNDERSTOOD)
 def test_an_action_is_understood(words):
-    texts, _ = acted(task_of("put", "mug", "shelf", "table"), words)
-    assert texts[-1] == "At the table: mug. Holding nothing."
+    texts, _ = acted(task_of("put", "cup", "shelf", "table"), words)
+    assert texts[-1] == "At the table: cup. Holding nothing."
 
 
 @pytest.mark.parametrize("words", IDLE)
 def test_other_words_do_nothing(words):
-    texts, episode = acted(task_of("put", "mug", "shelf", "table"), words)
+    texts, episode = acted(task_of("put", "cup", "shelf", "table"), words)
     assert texts[-1] == f"Nothing happens. {texts[0]}" and episode.steps == 1 and not episode.done
 
 
@@ -325,7 +325,7 @@ def test_tasks_repeat_and_differ():
 
 def test_seeds_share_no_task():
     """Whole tasks never; and one that is the same but for what else lies around is rare."""
-    drawn = {seed: {(task.goal, task.world) for task in tasks(150, seed)} for seed in (0, 1, 2, 77, 9999)}
+    drawn = {seed: {(task.goal, task.world) for task in tasks(150, seed)} for seed in (0, 1, 2, 77, 99)}
     assert len(set.union(*drawn.values())) == 750
     # the same draws under another seed are other worlds: the deal differs
     draws = [
@@ -360,4 +360,4 @@ def test_what_agents_are_told():
 def test_refusals():
     assert "count=0" in refusal(lambda: tasks(0, 1)) and "seed=-1" in refusal(lambda: tasks(1, -1))
     assert "paint the wall" in refusal(lambda: expert("paint the wall", "In the hall. Holding nothing."))
-    assert "On the moon" in refusal(lambda: options("On the moon.", "put the mug on the table"))
+    assert "On the moon" in refusal(lambda: options("On the moon.", "put the cup on the table"))

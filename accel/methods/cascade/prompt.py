@@ -15,7 +15,11 @@ Shorten = Callable[[str], str]
 
 @dataclass(frozen=True)
 class Layout:
-    """How demonstrations read, and where they stand: in the system message, or in front of the first user's.
+    """How demonstrations read, and where they stand (``place``).
+
+    "system": in the system message; "user": in front of the first user's; "turns": each step as a question of the user
+    and an answer of the assistant, in front of the conversation, the most similar last. Small models follow turns much
+    better than descriptions, and there is nothing to be told about them: the ends are left out.
 
     Both ends tell a small model what to do with them, as those of the paper's predecessor (arXiv 2505.00234) do. What
     stands in front of observations, reasoning and actions should be what the agent's own messages use.
@@ -31,11 +35,21 @@ class Layout:
     place: str = "system"
 
     def __post_init__(self) -> None:
-        if self.place not in ("system", "user"):
-            raise OptionError(f"place={self.place!r}: demonstrations stand in the system or the user message")
+        if self.place not in ("system", "user", "turns"):
+            raise OptionError(
+                f"place={self.place!r}: demonstrations stand in the system or the user message, or as turns"
+            )
 
 
 PLAIN = Layout()
+# for tasks of one step
+QUESTIONS = Layout(
+    opening="Here are examples of questions and their answers.",
+    closing="End of the examples. Answer the next one in the same way.",
+    goal="",
+    observation="Question:",
+    action="Answer:",
+)
 
 
 def with_demonstrations(
@@ -48,6 +62,13 @@ def with_demonstrations(
     out = [dict(message) for message in messages]
     if not found:
         return out
+    if layout.place == "turns":
+        ahead = 1 if out and out[0]["role"] == "system" else 0
+        return [
+            *out[:ahead],
+            *(turn for each in reversed(found) for turn in _turns(each, layout, shorten)),
+            *out[ahead:],
+        ]
     text = rendered(found, layout, shorten)
     first = next((index for index, message in enumerate(out) if message["role"] == layout.place), None)
     if first is None:
@@ -63,6 +84,14 @@ def rendered(found: Sequence[Found], layout: Layout = PLAIN, shorten: Shorten | 
     return "\n\n".join(part for part in (layout.opening, *parts, layout.closing) if part)
 
 
+def step_question(goal: str, observation: str, layout: Layout, before: Sequence[Step] = (), plan: str = "") -> str:
+    """A user's message that asks for the next action: goal, steps ``before`` this one, what is seen now."""
+    lines = [line(layout.goal, goal), line(layout.plan, plan)]
+    for step in before:
+        lines += [line(layout.observation, step.observation), line(layout.action, step.action)]
+    return "\n".join(each for each in (*lines, line(layout.observation, observation), layout.action) if each)
+
+
 def fitting(found: Sequence[Found], count: Callable[[str], int], limit: int, layout: Layout = PLAIN) -> list[Found]:
     """As many of the most similar as make a text of at most ``limit`` by ``count`` (its tokens, say)."""
     kept = list(found)
@@ -75,6 +104,20 @@ def situation_of(messages: Messages) -> Situation:
     """Where a conversation stands, for callers that do not say: it began with a goal, and the last message is seen."""
     said = [message["content"] for message in messages if message["role"] == "user"]
     return Situation(goal=said[0] if len(said) > 1 else "", observation=said[-1] if said else "")
+
+
+def _turns(found: Found, layout: Layout, shorten: Shorten | None) -> list[dict[str, str]]:
+    """A question and an answer a step, worded as an agent is asked and is to answer."""
+    whole = found.demonstration
+    turns = []
+    for step in found.steps:
+        seen = shorten(step.observation) if shorten else step.observation
+        said = f"{step.reasoning}\n{line(layout.action, step.action)}" if step.reasoning else step.action
+        turns += [
+            {"role": "user", "content": step_question(whole.goal, seen, layout, plan=whole.plan)},
+            {"role": "assistant", "content": said},
+        ]
+    return turns
 
 
 def _one(number: int, found: Found, layout: Layout, shorten: Shorten | None) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from accel.errors import OptionError
-from accel.methods.cascade.prompt import PLAIN, Layout, line
+from accel.methods.cascade.prompt import PLAIN, Layout, step_question
 from accel.methods.cascade.store import Demonstration, Situation, Step
 
 # messages, and what demonstrations are found by → what is said
@@ -58,12 +58,8 @@ class Trajectory:
 def question(
     system: str, goal: str, observation: str, layout: Layout = PLAIN, before: Sequence[Step] = ()
 ) -> list[dict[str, str]]:
-    """What is asked at a step, worded as demonstrations are: the goal, steps ``before`` this one, what is seen now."""
-    lines = [line(layout.goal, goal)]
-    for step in before:
-        lines += [line(layout.observation, step.observation), line(layout.action, step.action)]
-    lines += [line(layout.observation, observation), layout.action]
-    asked = {"role": "user", "content": "\n".join(each for each in lines if each)}
+    """What is asked at a step, worded as demonstrations are."""
+    asked = {"role": "user", "content": step_question(goal, observation, layout, before)}
     return [{"role": "system", "content": system}, asked] if system else [asked]
 
 

@@ -70,6 +70,25 @@ def test_where_they_stand(place, messages, expected):
     assert with_demonstrations(given, [], layout) == given
 
 
+def test_steps_as_turns_with_the_most_similar_last():
+    given = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
+    made = with_demonstrations(given, [WHOLE, PART], Layout(place="turns"), shorten=str.upper)
+    assert made == [
+        given[0],
+        {"role": "user", "content": "Task: paint\nObservation: SEE 1\nAction:"},
+        {"role": "assistant", "content": "do 1"},
+        {"role": "user", "content": "Task: paint\nObservation: SEE 2\nAction:"},
+        {"role": "assistant", "content": "do 2"},
+        {"role": "user", "content": "Task: boil an egg\nPlan: be patient\nObservation: SEE HEAT\nAction:"},
+        {"role": "assistant", "content": "because heat\nAction: heat"},
+        {"role": "user", "content": "Task: boil an egg\nPlan: be patient\nObservation: SEE WAIT\nAction:"},
+        {"role": "assistant", "content": "because wait\nAction: wait"},
+        given[1],
+    ]
+    assert with_demonstrations(given[1:], [PART], Layout(place="turns"))[-1] == given[1]
+    assert len(with_demonstrations(given[1:], [PART], Layout(place="turns"))) == 5
+
+
 def test_observations_can_be_shortened_and_actions_not():
     text = rendered([WHOLE], shorten=str.upper)
     assert "Observation: SEE HEAT" in text and "Action: heat" in text and "Reasoning: because heat" in text

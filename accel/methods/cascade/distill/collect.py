@@ -266,12 +266,3 @@ class _Log:
                 raise ArtifactError(f"{path}:{number}: no finished task: {first_line(error)}") from error
             self.finished[found.task] = found
         return whole
-
-
-QUESTIONS = Layout(
-    opening="Here are examples of questions and their answers.",
-    closing="End of the examples. Answer the next one in the same way.",
-    goal="",
-    observation="Question:",
-    action="Answer:",
-)
