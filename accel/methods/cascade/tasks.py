@@ -22,9 +22,14 @@ MOST_STEPS = 1000
 class Episode(Protocol):
     """One task under way. ``act`` carries out what was said, whatever it was, and changes the rest."""
 
-    observation: str
-    done: bool
-    success: bool
+    @property
+    def observation(self) -> str: ...
+
+    @property
+    def done(self) -> bool: ...
+
+    @property
+    def success(self) -> bool: ...
 
     def act(self, action: str) -> Any: ...
 
