@@ -145,7 +145,7 @@ def expert(goal: str, observation: str) -> str:
     aim, view = _aim(goal), _view(observation)
     if view.held == aim.thing:
         return _with_thing(aim, view)
-    if view.held and view.here and not view.closed:
+    if view.held and not view.closed:
         return f"put {view.held}"
     if aim.thing in view.things:
         return f"take {aim.thing}"
@@ -162,7 +162,7 @@ def options(observation: str, goal: str) -> list[str]:
         found.append(f"open {view.here}")
     if not view.held:
         found += [f"take {thing}" for thing in view.things]
-    elif view.here and not view.closed:
+    elif not view.closed:
         found.append(f"put {view.held}")
         for verb, work in WORKS.items():
             if view.here == work.place and view.held in work.things and view.state != work.state:
@@ -211,7 +211,7 @@ class _Flat:
                 self.held = name
                 del self.places[name]
         elif verb == "put":
-            changed = bool(self.here) and bool(name) and name == self.held and not self._closed()
+            changed = bool(name) and name == self.held and not self._closed()
             if changed:
                 self.places[name], self.held = self.here, ""
         elif verb in WORKS:

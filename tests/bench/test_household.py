@@ -324,7 +324,7 @@ def test_tasks_repeat_and_differ():
 
 
 def test_seeds_share_no_task():
-    """Whole tasks never; and one that is the same but for what else lies around is rare."""
+    """Whole tasks never; one that is the same but for what else lies around in at most one of fifty."""
     drawn = {seed: {(task.goal, task.world) for task in tasks(150, seed)} for seed in (0, 1, 2, 77, 99)}
     assert len(set.union(*drawn.values())) == 750
     # the same draws under another seed are other worlds: the deal differs
@@ -337,7 +337,7 @@ def test_seeds_share_no_task():
     cores = [
         (goal, dict(world.things)[world.thing], world.unsearched) for each in drawn.values() for goal, world in each
     ]
-    assert len(cores) - len(set(cores)) <= 7
+    assert len(cores) - len(set(cores)) <= len(cores) // 50
 
 
 def test_worlds_are_sound(many):
