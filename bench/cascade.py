@@ -1,7 +1,8 @@
 """The suite `cascade`: cost against accuracy of a teacher, a student, the student with demonstrations, and a cascade.
 
 Tasks have exact checkers (bench.household, bench.desk). The student is a model on this machine; the teacher an
-endpoint, or a simulated one of a stated accuracy (bench.simulated). All arms go through one router and one ledger. A random mix of teacher and student is computed from them: what a coin would do at the same cost.
+endpoint, or a simulated one of a stated accuracy (bench.simulated). All arms go through one router and one ledger. A
+random mix of teacher and student is computed from them: what a coin would do at the same cost.
 Measures only; cascade_report shows.
 """
 
