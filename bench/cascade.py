@@ -87,12 +87,12 @@ class Plan:
     # the simulated teacher's, of each answer
     accuracy: float = 0.97
     # tasks that demonstrations are collected from, of each workload
-    tasks: int = 150
+    collect: int = 150
     demonstrations: int = 5
     samples: int = 3
-    temperature: float = 0.7
+    temperature: float = 0.3
     embedder: str | None = None
-    prices: str | None = None
+    prices: Path | None = None
     key_variable: str | None = None
     device: str = "auto"
     dtype: str = "auto"
@@ -100,7 +100,7 @@ class Plan:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "repeat", "tasks", "demonstrations"):
+        for name in ("limit", "repeat", "collect", "demonstrations"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name}={getattr(self, name)}: must be 1 or more")
         if not 0 <= self.seed <= DEMOS_SEED - self.repeat:
@@ -123,7 +123,7 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     student = Remembering(LocalAnswerer(loaded.model, loaded.tokenizer, name=plan.model, price=price))
     embedder = find_embedder(plan.embedder, model=loaded.model, tokenizer=loaded.tokenizer)
     document = summary.frame(
-        settings=_settings(plan, embedder, price),
+        settings=_settings(plan, embedder, price, str(loaded.model.dtype).removeprefix("torch.")),
         environment=environment.describe(loaded.model.device),
         command=plan.command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -159,13 +159,14 @@ def carry_out(plan: Plan, told: Told = lambda message: None) -> dict[str, Any]:
     return document
 
 
-def _settings(plan: Plan, embedder: Embedder, price: Price) -> dict[str, Any]:
-    names = ("model", "limit", "repeat", "seed", "tasks", "demonstrations", "samples", "temperature")
+def _settings(plan: Plan, embedder: Embedder, price: Price, dtype: str) -> dict[str, Any]:
+    names = ("model", "limit", "repeat", "seed", "collect", "demonstrations", "samples", "temperature")
     return {
         "suite": SUITE,
         **{name: getattr(plan, name) for name in names},
         "teacher": plan.teacher or SimulatedTeacher.model,
         "teacher_accuracy": plan.accuracy if plan.teacher is None else None,
+        "dtype": dtype,
         "embedder": embedder.name,
         "student_price": price.as_dict(),
     }
@@ -233,7 +234,7 @@ class _Bench:
         world, workload = self.workload.environment, self.workload
         return collect(
             world,
-            world.tasks(self.plan.tasks, DEMOS_SEED),
+            world.tasks(self.plan.collect, DEMOS_SEED),
             self.teacher,
             Recipe(max_tokens=workload.max_tokens, stop=workload.stop, layout=workload.layout),
             folder,
@@ -366,8 +367,7 @@ def compared(records: Sequence[Mapping[str, Any]], demonstrations: int, teacher_
     ``teacher_cost``: $ of a task that demonstrations were collected from.
     """
     found = {}
-    for share in THRESHOLDS:
-        arm = named(share)
+    for arm in dict.fromkeys(each["arm"] for each in records if each["arm"].startswith(CASCADE)):
         table = _by_task(records, (arm, DEMOS, TEACHER))
         if table is None:
             continue

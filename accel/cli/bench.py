@@ -49,6 +49,9 @@ USES = {
     "lawcat": _ALWAYS
     | {"model", "dtype", "artifacts", "prompt_file", "corpora", "limit", "max_new_tokens", "concurrency", "repeat"}
     | {"lengths", "digits", "seed", "html_file", "svg_file"},
+    "cascade": _ALWAYS
+    | {"model", "dtype", "limit", "repeat", "seed", "tasks", "teacher", "accuracy", "temperature", "svg_file"}
+    | {"collect", "embedder", "prices", "key_variable"},
     "steps": _ALWAYS | {"model", "dtype"},
     "kernels": _ALWAYS | {"arms"},
 }
@@ -69,7 +72,7 @@ USES = {
 @click.option(
     "--suite",
     help="default (embedded prompts), spec-bench (reads --prompts), drafts, lenience, cartridge, dparallel, lawcat, "
-    "steps, kernels.",
+    "cascade, steps, kernels.",
 )
 @click.option(
     "--prompts",
@@ -88,8 +91,8 @@ USES = {
 @click.option(
     "--limit",
     type=int,
-    help="Prompts of each task group; lawcat: tasks of each kind and length. [embedded prompts: 1; from a file: all; "
-    "lawcat: 8]",
+    help="Prompts of each task group; lawcat: tasks of each kind and length; cascade: of each kind and seed. [embedded "
+    "prompts: 1; from a file: all; lawcat, cascade: 8]",
 )
 @click.option("--turns", type=int, default=1, show_default=True, help="Turns to ask of prompts that have several.")
 @click.option(
@@ -99,7 +102,9 @@ USES = {
     "lawcat: 32; dparallel: what MODEL was trained with, else 256]",
 )
 @click.option("--arms", metavar="A,B,…", help="Only these arms of the table, by name; kernels: only these families.")
-@click.option("--repeat", type=int, help="Runs of each arm on each prompt. [default: 1; timings: 3]")
+@click.option(
+    "--repeat", type=int, help="Runs of each arm on each prompt; cascade: seeds. [default: 1; timings, cascade: 3]"
+)
 @click.option(
     "--concurrency", metavar="N,N,…", help="cartridge, lawcat: requests at once. [default: 1,4,16; lawcat: 1,4]"
 )
@@ -112,8 +117,25 @@ USES = {
 @click.option("--rows", type=int, default=16, show_default=True, help="dparallel: questions that decode together.")
 @click.option("--timed", type=int, default=32, show_default=True, help="dparallel: questions answered by the clock.")
 @click.option("--no-sweep", is_flag=True, help="dparallel: leave out the other thresholds, and the plot.")
-@click.option("--temperature", type=float, help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampled runs, and of lawcat's tasks.")
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 is greedy; above, sample. [0; lenience: 1; drafts: always both; cascade, the student's: 0.3]",
+)
+@click.option("--tasks", metavar="A,B,…", help="cascade: only these of household, labels, extraction.")
+@click.option("--teacher", metavar="MODEL@URL", help="cascade: an OpenAI-compatible endpoint. [default: simulated]")
+@click.option(
+    "--accuracy", type=float, default=0.97, show_default=True, help="cascade: of each answer of the simulated teacher."
+)
+@click.option(
+    "--collect", type=int, default=150, show_default=True, help="cascade: tasks that demonstrations come from."
+)
+@click.option("--embedder", metavar="FOLDER", help="cascade: a sentence model that finds demonstrations.")
+@click.option("--prices", type=FILE, help="cascade: JSON prices by model.")
+@click.option("--key-variable", metavar="NAME", help="cascade: environment variable with the endpoint's key.")
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Seed of sampled runs, of lawcat's and cascade's tasks."
+)
 @click.option(
     "--draft-length",
     metavar="N[,N…]",
@@ -135,7 +157,7 @@ USES = {
     "--svg",
     "svg_file",
     type=FILE,
-    help="drafts, lenience, dparallel, lawcat: the plots alone. [dparallel: beside --output]",
+    help="drafts, lenience, dparallel, lawcat, cascade: the plots alone. [dparallel: beside --output]",
 )
 @click.option("--save-detailed", is_flag=True, help="Keep every run's tokens and times in the document.")
 @click.pass_context
@@ -151,6 +173,8 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     `dparallel` asks a masked-diffusion MODEL: one token a forward, by its threshold, with caches, and the model (-a)
     that it was distilled from. `lawcat` holds MODEL with a conversion (-a) against MODEL without it: numbers found
     again in long texts, perplexity, reading and decoding by length, and the length from which it is the faster one.
+    `cascade` holds a student (MODEL) with a teacher's demonstrations, and cascades of the two, against either alone:
+    success and $ on tasks with exact checkers.
     `steps` measures what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it
     times every kernel family on --device against the machine's own bandwidth and other implementations.
     """
@@ -166,6 +190,8 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
         _bench_dparallel(model, given)
     elif suite == "lawcat":
         _bench_lawcat(model, given)
+    elif suite == "cascade":
+        _bench_cascade(model, given)
     elif suite == "kernels":
         _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
     else:
@@ -371,6 +397,33 @@ def _bench_lawcat(model: str, given: dict[str, Any]) -> None:
     if given["svg_file"]:
         saving.write(given["svg_file"], plot.page(lawcat_report.charts(document)))
     click.echo(saving.dump(document) if given["as_json"] else lawcat_report.terminal(document), nl=False)
+
+
+def _bench_cascade(model: str, given: dict[str, Any]) -> None:
+    from accel.bench import cascade, cascade_report, plot, saving
+
+    use_threads(given["threads"])
+    chosen = {name: given[name] for name in ("limit", "repeat", "temperature") if given[name] is not None}
+    if given["tasks"] is not None:
+        chosen["workloads"] = tuple(part.strip() for part in given["tasks"].split(","))
+    names = (
+        "teacher",
+        "accuracy",
+        "collect",
+        "embedder",
+        "prices",
+        "key_variable",
+        "seed",
+        "device",
+        "dtype",
+        "output",
+    )
+    plan = cascade.Plan(model, **chosen, **{name: given[name] for name in names}, command=command_line())
+    with Progress() as progress:
+        document = cascade.carry_out(plan, progress)
+    if given["svg_file"]:
+        saving.write(given["svg_file"], plot.page(cascade_report.charts(document)))
+    click.echo(saving.dump(document) if given["as_json"] else cascade_report.terminal(document), nl=False)
 
 
 def _counts(option: str, given: dict[str, Any]) -> tuple[int, ...]:
