@@ -88,7 +88,7 @@ class Plan:
     accuracy: float = 0.97
     # tasks that demonstrations are collected from, of each workload
     collect: int = 150
-    demonstrations: int = 5
+    demonstrations: int = 6
     samples: int = 3
     temperature: float = 0.3
     embedder: str | None = None

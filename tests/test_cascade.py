@@ -14,6 +14,7 @@ from refusals import refusal
 
 import accel
 from accel.artifacts import BaseModel
+from accel.methods.cascade import embedding
 from accel.methods.cascade.demos import Demos
 from accel.methods.cascade.local import LocalAnswerer
 from accel.methods.cascade.prompt import Layout
@@ -24,6 +25,8 @@ KEPT = (demonstration("find the key", "north", "south"),)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the same whether a sentence model is installed or not
+    monkeypatch.setattr(embedding, "packaged_folder", lambda: None)
     monkeypatch.setenv("ACCEL_CACHE", str(tmp_path / "cache"))
 
 
