@@ -221,7 +221,7 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
     [
         (
             ["--suite", "mt"],
-            "unknown suite 'mt': choose from cartridge, default, dparallel, drafts, kernels, lawcat, lenience, "
+            "unknown suite 'mt': choose from cartridge, cascade, default, dparallel, drafts, kernels, lawcat, lenience, "
             "spec-bench",
         ),
         (["--suite", "spec-bench"], "--prompts FILE"),
