@@ -221,8 +221,8 @@ def test_a_prompt_file_is_spec_bench_with_its_own_defaults(run, tmp_path):
     [
         (
             ["--suite", "mt"],
-            "unknown suite 'mt': choose from cartridge, cascade, default, dparallel, drafts, kernels, lawcat, lenience, "
-            "spec-bench",
+            "unknown suite 'mt': choose from cartridge, cascade, default, dparallel, drafts, kernels, lawcat, "
+            "lenience, spec-bench",
         ),
         (["--suite", "spec-bench"], "--prompts FILE"),
         (["--prompts", "no-such-file"], "cannot read prompts from no-such-file"),
