@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from byte_models import byte_llama, save_byte_llama
 from byte_tokenizer import byte_tokenizer
-from cascade_fakes import Scripted, demonstration
+from cascade_fakes import Scripted, WordEmbedder, demonstration
 from cascade_server import fails, says, serving
 from refusals import refusal
 
@@ -17,7 +17,10 @@ from accel.artifacts import BaseModel
 from accel.methods.cascade import embedding
 from accel.methods.cascade.demos import Demos
 from accel.methods.cascade.local import LocalAnswerer
+from accel.methods.cascade.options import CascadeOptions
 from accel.methods.cascade.prompt import Layout
+from accel.methods.cascade.router import Cascade
+from accel.methods.cascade.store import DemonstrationStore
 
 ASKED = [{"role": "user", "content": "which way?"}]
 KEPT = (demonstration("find the key", "north", "south"),)
@@ -85,9 +88,28 @@ def test_layouts_of_the_demonstrations_are_followed(tmp_path: Path) -> None:
     assert cascade.layout == words
     other = demos(tmp_path / "b")
     said = refusal(lambda: accel.cascade(str(folder), [given, other], samples=1))
-    assert "laid out in different ways" in said
+    assert "asked for in different words" in said
     # an embedder is needed, and a scripted student has no hidden states
     assert "nothing to embed texts with" in refusal(lambda: accel.cascade(student, [given]))
+
+
+def test_a_question_is_worded_as_the_demonstrations_are(tmp_path: Path) -> None:
+    student = Scripted("small", "left")
+    cascade = accel.cascade(student, samples=1)
+    cascade.ask("where?")
+    assert student.questions[-1][0] == [{"role": "user", "content": "where?"}]
+    with DemonstrationStore(tmp_path / "own.db", WordEmbedder()) as store:
+        store.add(KEPT)
+        layout = Layout(observation="Question:", action="Answer:", place="turns")
+        options = CascadeOptions(samples=1, window=1)
+        answer = Cascade(student, None, options, store=store, layout=layout, system="Act.").ask("see south?")
+    assert answer.found[0].step == 1
+    assert student.questions[-1][0] == [
+        {"role": "system", "content": "Act."},
+        {"role": "user", "content": "Task: find the key\nQuestion: see south\nAnswer:"},
+        {"role": "assistant", "content": "because south\nAnswer: south"},
+        {"role": "user", "content": "Question: see south?\nAnswer:"},
+    ]
 
 
 def test_what_the_teacher_says_is_learned_into_a_file(tmp_path: Path) -> None:

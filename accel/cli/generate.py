@@ -127,7 +127,7 @@ def _cascade(
         progress("loading the student …")
         cascade = accel.cascade(student, artifacts, **options)
         progress("asking …")
-        answer = cascade.answer([{"role": "user", "content": text}])
+        answer = cascade.ask(text)
     emit({"model": student, "prompt": text, **answer.as_dict()}, answer.text, as_json=as_json, output=output)
     if show_stats:
         click.echo(_account(answer), err=True)

@@ -96,16 +96,18 @@ def cascade(
     same: Same | None = None,
 ) -> Cascade:
     """The router over them, with the demonstrations in a store of the student's embedder."""
-    layouts = list({each.layout: None for each in demos})
-    if len(layouts) > 1:
-        raise OptionError("the demonstrations are laid out in different ways: give those of one way, or one artifact")
+    frames = list({(each.layout, each.system): None for each in demos})
+    if len(frames) > 1:
+        raise OptionError(
+            "the demonstrations were asked for in different words: give those of one way, or one artifact"
+        )
     store = setup.store if isinstance(setup.store, DemonstrationStore) else None
     if store is not None and demos:
         raise OptionError("a store and artifacts with demonstrations: add those to the store, or name its file")
     if store is None and (demos or setup.store is not None):
         store = store_of(demos, embedder_for(student, setup.embedder), setup.store)
-    layout = layouts[0] if layouts else PLAIN
-    return Cascade(student, teacher, setup, store=store, key=key, same=same, layout=layout)
+    layout, system = frames[0] if frames else (PLAIN, "")
+    return Cascade(student, teacher, setup, store=store, key=key, same=same, layout=layout, system=system)
 
 
 def embedder_for(student: Answerer, folder: str | None) -> Embedder:

@@ -17,7 +17,7 @@ from accel.methods.cascade.agreement import Key, Same, Tally, Verdict
 from accel.methods.cascade.answerer import Answerer, Messages, Reply, Sampling, Unanswered, check_messages
 from accel.methods.cascade.options import CascadeOptions
 from accel.methods.cascade.prices import HourPrice, Usage
-from accel.methods.cascade.prompt import PLAIN, Layout, Shorten, situation_of, with_demonstrations
+from accel.methods.cascade.prompt import PLAIN, Layout, Shorten, situation_of, step_question, with_demonstrations
 from accel.methods.cascade.store import Demonstration, DemonstrationStore, Found, Situation, Step
 
 AGREED, ESCALATED, FALLBACK = "agreed", "escalated", "fallback"
@@ -72,7 +72,8 @@ class Cascade:
     """Routes requests between a student and a teacher; any number of threads may ask at once.
 
     Without a teacher, samples that do not agree give the student's best answer. ``key`` or ``same`` compare answers in
-    the place of ``options.compare`` (see ``agreement.Rule``). ``totals`` are the sums over all requests.
+    the place of ``options.compare`` (see ``agreement.Rule``). ``layout`` and ``system``: how demonstrations were asked
+    for, which ``ask`` follows. ``totals`` are the sums over all requests.
     """
 
     def __init__(
@@ -85,9 +86,11 @@ class Cascade:
         key: Key | None = None,
         same: Same | None = None,
         layout: Layout = PLAIN,
+        system: str = "",
         shorten: Shorten | None = None,
     ) -> None:
         self.student, self.teacher, self.store = student, teacher, store
+        self.system = system
         self.options = options or CascadeOptions()
         self.rule = self.options.rule(key, same)
         self.layout, self.shorten = layout, shorten
@@ -103,6 +106,14 @@ class Cascade:
         """
         check_messages(messages)
         return _Request(self, messages, situation or situation_of(messages)).answer()
+
+    def ask(self, text: str) -> Answer:
+        """Answer a question of one message, which is worded as the demonstrations are where there are any."""
+        if self.store is None:
+            return self.answer([{"role": "user", "content": text}])
+        asked = [{"role": "user", "content": step_question("", text, self.layout)}]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.answer([*system, *asked], Situation(observation=text))
 
     def _account(self, ledger: Ledger) -> None:
         answered = [a for a in ledger.attempts if a.role == TEACHER and a.error is None]
