@@ -29,6 +29,7 @@ from accel.bench.simulated import Conversation, SimulatedTeacher
 from accel.errors import OptionError
 from accel.methods.cascade.accounting import TEACHER as ESCALATED_TO
 from accel.methods.cascade.accounting import Ledger, break_even
+from accel.methods.cascade.agreement import normalised
 from accel.methods.cascade.answerer import Answerer, Messages, Reply, Sampling
 from accel.methods.cascade.build import endpoint
 from accel.methods.cascade.distill.collect import Collected, Recipe, collect, measured
@@ -62,7 +63,8 @@ SHARED_RUNS = 5
 @dataclass(frozen=True)
 class Workload:
     """Tasks, and how a student is asked. ``right``: what a teacher of ours says to a question; ``wrong``: what it says
-    when it errs."""
+    when it errs. ``valid``: whether a text is an answer at all where it is said, which an agent can know: an action
+    that can be done, a code that there is."""
 
     name: str
     environment: Environment
@@ -72,6 +74,7 @@ class Workload:
     compare: str
     max_tokens: int
     stop: tuple[str, ...]
+    valid: Callable[[Situation, str], bool]
 
 
 @dataclass(frozen=True)
@@ -307,8 +310,12 @@ class _Bench:
         asked: list[Ledger] = []
 
         def ask(messages: list[dict[str, str]], situation: Situation) -> str:
+            def valid(text: str) -> bool:
+                return self.workload.valid(situation, text)
+
             try:
-                answer = cascade.answer(messages, situation)
+                # nobody else can be asked where there is no teacher
+                answer = cascade.answer(messages, situation, valid if cascade.teacher is not None else None)
             except NoAnswer as error:
                 asked.append(error.ledger)
                 return ""
@@ -474,8 +481,20 @@ def _household() -> Workload:
         others = [each for each in household.options(observation, goal) if each != household.expert(goal, observation)]
         return random.Random(observation + goal).choice(others or ["wait"])
 
-    layout = replace(PLAIN, place="turns")
-    return Workload("household", household, lambda m: household.expert(*read(m)), wrong, layout, "normalised", 16, LINE)
+    def valid(situation: Situation, text: str) -> bool:
+        return household.said(text) in household.options(situation.observation, situation.goal)
+
+    return Workload(
+        "household",
+        household,
+        lambda messages: household.expert(*read(messages)),
+        wrong,
+        replace(PLAIN, place="turns"),
+        "normalised",
+        16,
+        LINE,
+        valid,
+    )
 
 
 def _desk(kind: str) -> Workload:
@@ -483,6 +502,7 @@ def _desk(kind: str) -> Workload:
         return asked[messages[-1]["content"].splitlines()[0].removeprefix(f"{QUESTIONS.observation} ")]
 
     asked: dict[str, desk.Question] = {}
+    codes = {normalised(code) for code in desk.CODES}
 
     class World(Questions):
         """Questions that are drawn, and remembered for the teacher."""
@@ -504,6 +524,7 @@ def _desk(kind: str) -> Workload:
         "normalised" if kind == "labels" else "json",
         12 if kind == "labels" else 64,
         LINE,
+        lambda _, text: kind != "labels" or normalised(text) in codes,
     )
 
 

@@ -21,8 +21,10 @@ Key = Callable[[str], Hashable | None]
 Same = Callable[[str, str], bool]
 
 _FENCE = re.compile(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", re.DOTALL)
-# what people write around an answer without meaning it
-_AROUND = " \t\n.,;:!?\"'`*_()[]{}<>«»“”‘’"
+# what people write around an answer without meaning it. A point in front is part of a number (.5), "!" of a negation,
+# and "<" and ">" compare: those stay
+_QUOTES = " \"'`*_«»“”„‘’"
+_BEFORE, _BEHIND = f"{_QUOTES}([{{", f"{_QUOTES}.,;:!?)]}}"
 # longer ones are no action, and Python's parser can be made to take minutes
 _MAX_PARSED = 100_000
 
@@ -33,9 +35,9 @@ def exact(text: str) -> Hashable | None:
 
 
 def normalised(text: str) -> Hashable | None:
-    """Without case, width, runs of white space, and quotes or punctuation around it."""
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(plain.split()).strip(_AROUND) or None
+    """Without case, width, runs of white space, quotes around it, and punctuation behind it."""
+    plain = _one_width(text).casefold()
+    return " ".join(plain.split()).lstrip(_BEFORE).rstrip(_BEHIND) or None
 
 
 def json_value(text: str) -> Hashable | None:
@@ -167,13 +169,13 @@ class Tally:
     groups: list[Group] = field(default_factory=list)
     _keys: dict[Hashable, Group] = field(default_factory=dict)
 
-    def add(self, text: str) -> None:
-        """One more sample."""
+    def add(self, text: str, *, valid: bool = True) -> None:
+        """One more sample; one that is not ``valid`` counts, and agrees with nothing."""
         if self.taken == self.rule.samples:
             raise OptionError(f"samples={self.rule.samples}: all of them are counted already")
         number, key = self.taken, self.rule.key(text)
         self.taken += 1
-        if key is None:
+        if key is None or not valid:
             return
         found = self._find(text, key)
         if found is None:
@@ -236,6 +238,18 @@ class Tally:
             if trial.decided():
                 return True
         return False
+
+
+def _one_width(text: str) -> str:
+    """NFKC, but for raised and lowered characters: 10² is not 102."""
+    raised = ("<super>", "<sub>")
+    return unicodedata.normalize(
+        "NFC",
+        "".join(
+            each if unicodedata.decomposition(each).startswith(raised) else unicodedata.normalize("NFKC", each)
+            for each in text
+        ),
+    )
 
 
 def _refuse(constant: str) -> None:

@@ -35,6 +35,8 @@ class Sampling:
             raise OptionError(f"top_p={self.top_p!r}: must be above 0 and at most 1")
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise OptionError(f"stop={self.stop!r}: must be a tuple of texts, none of them empty")
+        if self.seed is not None and (type(self.seed) is not int or not -(2**63) <= self.seed < 2**63):
+            raise OptionError(f"seed={str(self.seed)[:40]!r}: must be a whole number of 64 bits, or none")
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,6 @@ def cascade(
 
 def embedder_for(student: Answerer, folder: str | None) -> Embedder:
     """The sentence model named or installed; else the student's own hidden states, if it is on this machine."""
-    local = student if isinstance(student, LocalAnswerer) else None
-    return find_embedder(
-        folder, model=None if local is None else local.model, tokenizer=None if local is None else local.tokenizer
-    )
+    if isinstance(student, LocalAnswerer):
+        return find_embedder(folder, model=student.model, tokenizer=student.tokenizer, lock=student.lock)
+    return find_embedder(folder)

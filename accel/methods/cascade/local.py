@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from accel.errors import AccelError, OptionError, first_line
+from accel.errors import OptionError, first_line
 from accel.methods.cascade.answerer import Messages, Reply, Sample, Sampling, Unanswered, check_question
 from accel.methods.cascade.prices import Price, Usage
 
@@ -22,6 +22,8 @@ Encode = Callable[[Messages], Sequence[int]]
 
 class LocalAnswerer:
     """An ``Answerer`` over ``model.generate()``. One question at a time: others wait, within their own limits.
+
+    ``lock`` is held meanwhile: whoever else uses the model or its tokenizer from another thread must hold it too.
 
     ``encode``: messages → the prompt's tokens; the tokenizer's chat template where there is none. ``settings`` are
     further arguments of every ``generate()`` (``cartridges=[…]``).
@@ -45,7 +47,7 @@ class LocalAnswerer:
         self.price = price
         self._encode = encode or self._templated
         self._settings = settings
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
 
     def sample(self, messages: Messages, n: int, settings: Sampling, *, seconds: float) -> Reply:
         """n samples of one batch; what is not finished when the time is over is no answer."""
@@ -53,17 +55,16 @@ class LocalAnswerer:
         if n > 1 and settings.temperature == 0:
             raise OptionError(f"temperature=0 with n={n}: a local model would say the same {n} times; ask once")
         began = time.monotonic()
-        if not self._lock.acquire(timeout=seconds):
+        if not self.lock.acquire(timeout=seconds):
             raise Unanswered(f"{self.name}: busy for {seconds:g} s", seconds=seconds, usage=Usage())
         try:
             left = seconds - (time.monotonic() - began)
             prompt = [int(token) for token in self._encode(messages)]
-            rows = self._generate(prompt, n, settings, left)
-        except (AccelError, RuntimeError) as error:  # a prompt that is too long, say, or memory that ran out
+            samples, written = self._samples(self._generate(prompt, n, settings, left), settings)
+        except Exception as error:  # too long a prompt, memory that ran out, a template that knows no system message
             raise Unanswered(f"{self.name}: {first_line(error)}", seconds=time.monotonic() - began) from error
         finally:
-            self._lock.release()
-        samples, written = self._samples(rows, settings)
+            self.lock.release()
         spent = time.monotonic() - began
         usage = Usage(len(prompt), 0, written)
         if spent > seconds:
@@ -103,9 +104,10 @@ class LocalAnswerer:
         samples, written = [], 0
         for row in rows:
             tokens, ended = self._until_end(row)
-            written += len(tokens)
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
             stops = [at for stop in settings.stop if (at := text.find(stop)) >= 0]
+            # a stop text ends a row: an end behind it is padding, which often is the same token
+            written += len(tokens) - (1 if stops and ended else 0)
             cut = len(tokens) >= settings.max_tokens and not ended and not stops
             samples.append(Sample(text[: min(stops)] if stops else text, "length" if cut else "stop"))
         return samples, written

@@ -38,10 +38,10 @@ class CascadeOptions:
     learn: bool = field(default=False, metadata={"help": "keep the teacher's answers as demonstrations"})
 
     def __post_init__(self) -> None:
-        # both say themselves what is wrong with their part
+        # they say themselves what is wrong with their part; the student's seed is a sum, so that it comes second
         self.rule()
-        self.student_sampling(0)
         self.teacher_sampling()
+        self.student_sampling(0)
         if self.samples > 1 and self.temperature == 0:
             raise OptionError(
                 f"temperature=0 with samples={self.samples}: they would be the same whatever the student knows; take a "

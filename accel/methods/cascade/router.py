@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
-from accel.errors import AccelError, ModelError
+from accel.errors import ModelError, first_line
+from accel.methods.cascade import background
 from accel.methods.cascade.accounting import STUDENT, TEACHER, Attempt, Ledger, Totals
 from accel.methods.cascade.agreement import Key, Same, Tally, Verdict
 from accel.methods.cascade.answerer import Answerer, Messages, Reply, Sampling, Unanswered, check_messages
@@ -19,6 +20,10 @@ from accel.methods.cascade.options import CascadeOptions
 from accel.methods.cascade.prices import HourPrice, Usage
 from accel.methods.cascade.prompt import PLAIN, Layout, Shorten, situation_of, step_question, with_demonstrations
 from accel.methods.cascade.store import Demonstration, DemonstrationStore, Found, Situation, Step
+from accel.methods.cascade.tasks import parted_action
+
+Result = TypeVar("Result")
+Valid = Callable[[str], bool]
 
 AGREED, ESCALATED, FALLBACK = "agreed", "escalated", "fallback"
 UNREADABLE = "an answer that is empty, or that the comparison cannot read"
@@ -30,6 +35,7 @@ class Answer:
 
     ``decision``: "agreed" (the student's samples did), "escalated" (the teacher's answer), or "fallback" (the teacher
     was wanted and did not answer: the student's best). ``notes``: what else should be known, a sentence each.
+    ``finish``: "length" where the text was cut off at ``max_tokens`` (see ``Sample``).
     """
 
     text: str
@@ -39,6 +45,7 @@ class Answer:
     found: tuple[Found, ...]
     seconds: float
     notes: tuple[str, ...] = ()
+    finish: str = "stop"
 
     @property
     def model(self) -> str | None:
@@ -49,6 +56,7 @@ class Answer:
         """Ready for JSON."""
         return {
             "text": self.text,
+            "finish": self.finish,
             "decision": self.decision,
             **self.ledger.as_dict(),
             "votes": self.verdict.votes,
@@ -58,6 +66,14 @@ class Answer:
             "seconds": self.seconds,
             "notes": list(self.notes),
         }
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some of an answer's text, in order; the last one carries the ``answer``, whose text all of them make."""
+
+    text: str
+    answer: Answer | None = None
 
 
 class NoAnswer(ModelError):
@@ -99,13 +115,15 @@ class Cascade:
         # seconds of the teacher's answers so far, and how many: what one would have taken
         self._teacher_seconds, self._teacher_answers = 0.0, 0
 
-    def answer(self, messages: Messages, situation: Situation | None = None) -> Answer:
+    def answer(self, messages: Messages, situation: Situation | None = None, valid: Valid | None = None) -> Answer:
         """Answer the last message, at the latest after both time limits; raises ``NoAnswer``.
 
-        ``situation``: what demonstrations are found by; read from the messages where it is not given.
+        ``situation``: what demonstrations are found by; read from the messages where it is not given. ``valid``: says
+        of a text whether it is an answer here at all (an action that can be done); samples that are none agree with
+        nothing.
         """
         check_messages(messages)
-        return _Request(self, messages, situation or situation_of(messages)).answer()
+        return _Request(self, messages, situation or situation_of(messages), valid).answer()
 
     def ask(self, text: str) -> Answer:
         """Answer a question of one message, which is worded as the demonstrations are where there are any."""
@@ -114,6 +132,22 @@ class Cascade:
         asked = [{"role": "user", "content": step_question("", text, self.layout)}]
         system = [{"role": "system", "content": self.system}] if self.system else []
         return self.answer([*system, *asked], Situation(observation=text))
+
+    def stream(
+        self, messages: Messages, situation: Situation | None = None, valid: Valid | None = None
+    ) -> Iterator[Piece]:
+        """``answer`` in pieces: the text as soon as it is decided, and the account behind it.
+
+        Nothing is asked before the first piece is. A teacher's text is not handed out while it is written: it may fail,
+        or turn out to be one that cannot be read, and then the student's best is the answer.
+        """
+        check_messages(messages)
+        return self._pieces(messages, situation, valid)
+
+    def _pieces(self, messages: Messages, situation: Situation | None, valid: Valid | None) -> Iterator[Piece]:
+        answer = self.answer(messages, situation, valid)
+        yield Piece(answer.text)
+        yield Piece("", answer)
 
     def _account(self, ledger: Ledger) -> None:
         answered = [a for a in ledger.attempts if a.role == TEACHER and a.error is None]
@@ -130,54 +164,68 @@ class Cascade:
 class _Request:
     """One question on its way."""
 
-    def __init__(self, cascade: Cascade, messages: Messages, situation: Situation) -> None:
+    def __init__(self, cascade: Cascade, messages: Messages, situation: Situation, valid: Valid | None) -> None:
         self.cascade, self.options = cascade, cascade.options
-        self.messages, self.situation = messages, situation
+        self.messages, self.situation, self.valid = messages, situation, valid
         self.began = time.monotonic()
         self.attempts: list[Attempt] = []
         self.notes: list[str] = []
-        self.found = self._retrieve()
-        self.shown = with_demonstrations(messages, self.found, cascade.layout, cascade.shorten)
+        # how each of the student's samples ended
+        self.finishes: list[str] = []
+        self.found, self.shown = self._demonstrated()
 
     def answer(self) -> Answer:
         tally = self._ask_student()
-        verdict = tally.verdict()
-        if verdict.text is not None:
-            return self._finish(verdict.text, AGREED, verdict, self._student_model())
+        verdict, best = tally.verdict(), tally.best()
+        if best is not None and verdict.text is not None:
+            return self._finish(verdict.text, AGREED, verdict, self._student_model(), self.finishes[best.members[0]])
         why = self._why_not(verdict)
         if self.cascade.teacher is not None:
             taught = self._ask_teacher(self.cascade.teacher)
             if isinstance(taught, Reply):
                 self.attempts = [replace(each, rejected=each.role == STUDENT) for each in self.attempts]
                 self._learn(taught)
-                return self._finish(taught.samples[0].text, ESCALATED, verdict, taught.model)
+                said = taught.samples[0]
+                return self._finish(said.text, ESCALATED, verdict, taught.model, said.finish)
             why = f"{why}; {taught}"
-        best = tally.best()
         wanted_teacher = self.cascade.teacher is not None and self.options.without_teacher == "error"
         if best is None or wanted_teacher:
             self.attempts = [replace(each, rejected=True) for each in self.attempts]
             ledger = self._ledger(None, verdict)
             raise NoAnswer(why, ledger)
         self.notes.append(why)
-        return self._finish(best.text, FALLBACK, verdict, self._student_model())
+        return self._finish(best.text, FALLBACK, verdict, self._student_model(), self.finishes[best.members[0]])
 
-    def _retrieve(self) -> tuple[Found, ...]:
-        store, k = self.cascade.store, self.options.demonstrations
+    def _demonstrated(self) -> tuple[tuple[Found, ...], Messages]:
+        """What the store finds, and the messages with it; half of the student's time may go into that."""
+        cascade, k = self.cascade, self.options.demonstrations
+        store = cascade.store
         if store is None or k == 0:
-            return ()
+            return (), self.messages
+
+        def look() -> tuple[tuple[Found, ...], Messages]:
+            found = tuple(store.retrieve(self.situation, k, window=self.options.window))
+            return found, with_demonstrations(self.messages, found, cascade.layout, cascade.shorten)
+
+        # a question is worth answering without examples too
+        return self._tried("without demonstrations", look, self.options.student_seconds / 2) or ((), self.messages)
+
+    def _tried(self, without: str, call: Callable[[], Result], seconds: float) -> Result | None:
+        """What an answer can do without, whatever a store, an embedder or a user's function raises, or takes."""
         try:
-            return tuple(store.retrieve(self.situation, k, window=self.options.window))
-        except AccelError as error:
-            # a question is worth answering without examples too
-            self.notes.append(f"without demonstrations: {error}")
-            return ()
+            return background.within(call, seconds)
+        except TimeoutError:
+            self.notes.append(f"{without}: not done within {seconds:.3g} s")
+        except Exception as error:
+            self.notes.append(f"{without}: {first_line(error)}")
+        return None
 
     def _ask_student(self) -> Tally:
         """Samples until they are decided, or there are no more, or the time is over."""
         student, options = self.cascade.student, self.options
         in_rounds = options.early_exit == "always" or (options.early_exit == "auto" and not student.shares_prompt)
         tally = self.cascade.rule.tally()
-        last = time.monotonic() + options.student_seconds
+        last = self.began + options.student_seconds
         while not tally.decided():
             n = tally.fewest() if in_rounds else options.samples - tally.taken
             settings = options.student_sampling(tally.taken)
@@ -186,7 +234,8 @@ class _Request:
                 self.notes.append(reply)
                 break
             for sample in reply.samples[:n]:
-                tally.add(sample.text)
+                tally.add(sample.text, valid=self.valid is None or self.valid(sample.text))
+                self.finishes.append(sample.finish)
         return tally
 
     def _ask_teacher(self, teacher: Answerer) -> Reply | str:
@@ -229,10 +278,10 @@ class _Request:
         answered = [each.model for each in self.attempts if each.role == STUDENT and each.error is None]
         return answered[0]
 
-    def _finish(self, text: str, decision: str, verdict: Verdict, model: str) -> Answer:
+    def _finish(self, text: str, decision: str, verdict: Verdict, model: str, finish: str) -> Answer:
         ledger = self._ledger(model, verdict)
         seconds = time.monotonic() - self.began
-        return Answer(text, decision, verdict, ledger, self.found, seconds, tuple(self.notes))
+        return Answer(text, decision, verdict, ledger, self.found, seconds, tuple(self.notes), finish)
 
     def _ledger(self, model: str | None, verdict: Verdict) -> Ledger:
         ledger = Ledger(tuple(self.attempts), model, verdict.agreement, self._teacher_estimate())
@@ -261,26 +310,21 @@ class _Request:
 
     def _learn(self, taught: Reply) -> None:
         """Keep what the teacher did here as a demonstration of one step, which is taken for a success."""
-        store = self.cascade.store
+        store, said = self.cascade.store, taught.samples[0]
         if not self.options.learn or store is None:
             return
-        text, marker = taught.samples[0].text, self.options.action_marker
-        reasoning, found, action = text.rpartition(marker) if marker else ("", "", text)
-        step = Step(self.situation.observation, action.strip() if found else action, reasoning.strip())
-        try:
-            store.add(
-                [
-                    Demonstration(
-                        self.situation.goal,
-                        (step,),
-                        plan=self.situation.plan,
-                        episode=self.situation.episode,
-                        source=f"teacher:{taught.model}",
-                    )
-                ]
-            )
-        except AccelError as error:
-            self.notes.append(f"not learned: {error}")
+        if said.finish == "length":
+            self.notes.append(f"not learned: the answer was cut off at {self.options.max_tokens} tokens")
+            return
+        reasoning, action = parted_action(said.text, self.options.action_marker)
+        here, source = self.situation, f"teacher:{taught.model}"
+
+        def keep() -> None:
+            step = Step(here.observation, action, reasoning)
+            store.add([Demonstration(here.goal, (step,), plan=here.plan, episode=here.episode, source=source)])
+
+        # it is written all the same when a busy file lets it; the answer does not wait for that
+        self._tried("not learned", keep, max(0.1, self.options.teacher_seconds - taught.seconds))
 
 
 def _length(messages: Messages | Sequence[dict[str, str]]) -> int:

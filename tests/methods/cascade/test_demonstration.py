@@ -63,6 +63,8 @@ def test_a_digest_is_of_the_trajectory_and_its_outcome():
         ('{"goal": "g", "outcome": NaN, "steps": [{"observation": "o", "action": "a"}]}', "outcome=nan"),
         ('{"goal": "g", "outcome": true, "steps": [{"observation": "o", "action": "a"}]}', "outcome=True"),
         ('{"goal": "g", "short": {"action": "x"}, "steps": [{"observation": "o", "action": "a"}]}', "goal or plan"),
+        ('{"goal": "g", "outcome": 1e300, "steps": [{"observation": "o", "action": "a"}]}', "outcome=1e+300"),
+        (f'{{"goal": "g", "outcome": {10**400}, "steps": [{{"observation": "o", "action": "a"}}]}}', "outcome=1000"),
     ],
 )
 def test_wrong_lines_are_refused_by_name(line, says):

@@ -199,6 +199,9 @@ def test_bad_questions_are_refused(store):
     assert "empty situation" in refusal(lambda: store.retrieve(Situation(episode="e"), 1))
     assert "k=0" in refusal(lambda: store.retrieve(Situation(goal="g"), 0))
     assert "window=0" in refusal(lambda: store.retrieve(Situation(goal="g"), 1, window=0))
+    # the letters of a name are names too, and would exclude nothing
+    for names in ({"exclude_episodes": "e1"}, {"sources": "teacher:a"}):
+        assert "not one text" in refusal(lambda names=names: store.retrieve(Situation(goal="g"), 1, **names))
     store.embedder.embed = lambda texts: WordEmbedder.embed(store.embedder, texts) * float("nan")
     assert "finite vectors [1, 64]" in refusal(lambda: store.retrieve(Situation(goal="g"), 1))
 
@@ -260,6 +263,17 @@ def test_a_forked_process_opens_the_file_anew(tmp_path):
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 16
         assert len(store) == 0 and store.add([made]) == Added(1, 0)
         check_whole(store.path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_that_closes_the_store_leaves_the_parents_connections(tmp_path):
+    with DemonstrationStore(tmp_path / "demos.sqlite", WordEmbedder()) as store:
+        assert len(store) == 0
+        child = os.fork()
+        if child == 0:
+            store.close()
+            os._exit(10 + len(database_module._INHERITED))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 11
 
 
 def test_threads_share_a_store(store):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import time
@@ -28,7 +29,7 @@ from refusals import refusal
 
 from accel.errors import AccelError
 from accel.methods.cascade import background, endpoint
-from accel.methods.cascade.answerer import Sample, Sampling, Unanswered
+from accel.methods.cascade.answerer import Sample, Sampling, Unanswered, check_messages
 from accel.methods.cascade.endpoint import Endpoint
 from accel.methods.cascade.prices import Usage
 
@@ -261,6 +262,8 @@ def test_refusals():
         assert "base_url=" in refusal(lambda url=url: Endpoint(url, "m"))
     assert "model=''" in refusal(lambda: Endpoint("http://a/v1", ""))
     assert "retries=-1" in refusal(lambda: Endpoint("http://a/v1", "m", retries=-1))
+    for extra in ({"a": {1}}, {"a": float("nan")}):
+        assert "extra=" in refusal(lambda extra=extra: Endpoint("http://a/v1", "m", extra=extra))
     made = Endpoint("http://127.0.0.1:9/v1", "m")
     for messages, why in [
         ([], "at least one"),
@@ -276,6 +279,8 @@ def test_refusals():
     assert "max_tokens=0" in refusal(lambda: Sampling(max_tokens=0))
     assert "top_p=0" in refusal(lambda: Sampling(top_p=0))
     assert "stop=" in refusal(lambda: Sampling(stop="x"))
+    for seed in ("x", 1.5, True, 2**63):
+        assert "seed=" in refusal(lambda seed=seed: Sampling(seed=seed))
 
 
 def test_many_threads_share_an_endpoint():
@@ -325,3 +330,54 @@ def test_the_loop_starts_again_behind_a_fork():
 
 def test_unanswered_is_one_of_ours():
     assert issubclass(Unanswered, AccelError)
+
+
+def test_tokens_that_failures_report_are_charged():
+    failed = json.dumps({"error": {"message": "not now"}, "usage": USAGE}).encode()
+    with serving(sends(failed, 503), sends(failed, 503), says("4")) as server:
+        assert ask(server).usage == CHARGED + CHARGED + CHARGED
+    with serving(sends(failed, 503)) as server:
+        assert unanswered(server, retries=1).usage == CHARGED + CHARGED
+    # an error in the place of an answer, as gateways send it
+    with serving(sends(failed)) as server:
+        assert unanswered(server).usage == CHARGED
+    # an answer of which nobody says what it took, and nothing in it
+    with serving(says(usage=None)) as server:
+        assert unanswered(server).usage is None
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_whatever_goes_wrong_is_unanswered(monkeypatch, n):
+    monkeypatch.setenv("HTTPS_PROXY", "bogus://nowhere")
+    with serving(says("4")) as server:
+        assert "bogus" in str(unanswered(server, n, one_by_one=True))
+
+
+def test_half_a_character_is_replaced():
+    with serving(sends(b'{"choices": [{"message": {"content": "a\\ud800\\ud83d\\ude00"}}]}')) as server:
+        said = ask(server).samples[0].text
+    assert said == "a\ufffd😀"
+    # what was said can be part of the next question
+    check_messages([{"role": "assistant", "content": said}])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_fork_while_another_thread_holds_the_lock():
+    with background._lock:
+        child = os.fork()
+        if child == 0:
+            threading.Timer(5.0, os._exit, (1,)).start()
+            background.current()
+            os._exit(10)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 10
+
+
+def test_a_call_in_a_thread_is_left_alone_when_its_time_is_over():
+    began, let_go = time.monotonic(), threading.Event()
+    with pytest.raises(TimeoutError):
+        background.within(lambda: let_go.wait(20), 0.1)
+    assert time.monotonic() - began < 5
+    let_go.set()
+    assert background.within(lambda: 3, 5.0) == 3
+    with pytest.raises(KeyError, match="x"):
+        background.within(lambda: {}["x"], 5.0)

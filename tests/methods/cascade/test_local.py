@@ -12,7 +12,9 @@ from byte_tokenizer import byte_tokenizer
 from refusals import refusal
 
 import accel
+from accel.methods.cascade import embedding
 from accel.methods.cascade.answerer import Sampling, Unanswered
+from accel.methods.cascade.build import embedder_for
 from accel.methods.cascade.local import LocalAnswerer
 from accel.methods.cascade.prices import HourPrice, Usage
 
@@ -82,6 +84,16 @@ def test_counts_end_with_the_end_of_a_sample(model, made, monkeypatch):
     assert [each.text for each in reply.samples] == [decode([65, 66]), decode([67, 68, 69, 70, 71]), decode([72, 73])]
 
 
+def test_an_end_behind_a_stop_text_is_padding(model, made, monkeypatch):
+    # as most models are set up: padding is the end's own token
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = 0
+    monkeypatch.setattr(made, "_generate", lambda *_: [[65, 66, 0, 0, 0], [67, 68, 69, 0, 0]])
+    reply = made.sample(ASKED, 2, Sampling(max_tokens=5, temperature=1.0, stop=("b",)), seconds=60.0)
+    assert [each.text for each in reply.samples] == ["a", "cde"]
+    # a and b; c, d, e and the end
+    assert reply.usage.output_tokens == 2 + 4
+
+
 def test_a_stop_text_is_no_part_of_the_sample(made):
     whole = made.sample(ASKED, 1, Sampling(temperature=0, max_tokens=12), seconds=60.0).samples[0].text
     # bytes that are no text have no stop text either
@@ -119,8 +131,8 @@ def test_a_slow_model_is_stopped(model, made):
 
 
 def test_who_waits_too_long_for_a_busy_model_is_told(made):
-    made._lock.acquire()
-    threading.Timer(0.6, made._lock.release).start()
+    made.lock.acquire()
+    threading.Timer(0.6, made.lock.release).start()
     with pytest.raises(Unanswered, match="busy for"):
         made.sample(ASKED, 1, HOT, seconds=0.2)
     # and who has the time gets an answer
@@ -139,4 +151,27 @@ def test_what_goes_wrong_inside_is_one_line(model, made):
     with pytest.raises(Unanswered, match="shorten the prompt"):
         made.sample([{"role": "user", "content": "x" * 600}], 1, HOT, seconds=60.0)
     assert made.sample(ASKED, 1, HOT, seconds=60.0).usage != Usage()
+    made.tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(Unanswered, match=r"^tiny: no system here$"):
+        made.sample(ASKED, 1, HOT, seconds=60.0)
+    made.tokenizer.chat_template = None
     assert "temperature=0 with n=2" in refusal(lambda: made.sample(ASKED, 2, Sampling(temperature=0), seconds=1.0))
+
+
+def test_an_embedder_with_the_models_lock_never_runs_beside_it(model, made, monkeypatch):
+    monkeypatch.setattr(embedding, "PACKAGED", "a_package_that_is_not_there")
+    embedder = embedder_for(made, None)
+    inside, together = threading.Lock(), []
+
+    def enter(*_args):
+        together.append(not inside.acquire(blocking=False))
+        time.sleep(0.002)
+
+    # two threads in one model at once: the second finds the lock taken
+    model.model.register_forward_pre_hook(enter)
+    model.model.register_forward_hook(lambda *_: inside.release() if inside.locked() else None)
+    embedding_thread = threading.Thread(target=lambda: [embedder.embed([f"text {n}"]) for n in range(20)])
+    embedding_thread.start()
+    made.sample(ASKED, 1, Sampling(temperature=0, max_tokens=30), seconds=60.0)
+    embedding_thread.join()
+    assert len(together) > 20 and not any(together)

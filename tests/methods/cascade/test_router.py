@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from cascade_fakes import Scripted, WordEmbedder, demonstration
@@ -14,7 +15,7 @@ from refusals import refusal
 
 from accel.methods.cascade import endpoint
 from accel.methods.cascade.accounting import STUDENT, TEACHER
-from accel.methods.cascade.answerer import Unanswered
+from accel.methods.cascade.answerer import Reply, Sample, Unanswered
 from accel.methods.cascade.endpoint import Endpoint
 from accel.methods.cascade.options import CascadeOptions
 from accel.methods.cascade.prices import HourPrice, TokenPrice, Usage
@@ -63,6 +64,16 @@ def test_samples_that_differ_go_to_the_teacher_and_are_charged():
     assert answer.ledger.agreement == 2 / 3
     ((messages, n, settings, seconds),) = big.questions
     assert messages == ASKED and n == 1 and settings.temperature == 0.0 and seconds == 120.0
+
+
+def test_samples_that_are_no_answer_here_agree_with_nothing():
+    small, big = student("fly", "fly", "fly"), teacher("walk")
+    answer = cascade(small, big).answer(ASKED, valid=lambda text: text != "fly")
+    assert (answer.text, answer.decision, answer.verdict.votes, answer.verdict.taken) == ("walk", ESCALATED, 0, 3)
+    some = cascade(student("fly", "walk", "walk"), big, threshold=2 / 3).answer(ASKED, valid=lambda text: text != "fly")
+    assert (some.text, some.decision, some.verdict.votes) == ("walk", AGREED, 2)
+    pieces = list(cascade(student("fly"), big).stream(ASKED, valid=lambda text: text != "fly"))
+    assert "".join(piece.text for piece in pieces) == "walk"
 
 
 @pytest.mark.parametrize(
@@ -205,6 +216,47 @@ def test_demonstrations_count_in_the_cost_and_not_in_what_the_teacher_would_read
     assert ledger.teacher_only == (expected * 10 + 10 * 20) / 1e6 and ledger.cost == 160 / 1e6
 
 
+@pytest.mark.parametrize("broken", ["embedder", "shorten"])
+def test_whatever_breaks_around_a_store_costs_the_examples_alone(store, broken):
+    def breaks(_):
+        raise ConnectionError("away\nfor now")
+
+    store.add([demonstration("which way", "go north")])
+    made = cascade(student("a", "b", "c"), teacher("t"), store, learn=True)
+    if broken == "embedder":
+        store.embedder.embed = breaks
+    else:
+        made.shorten = breaks
+    answer = made.answer(ASKED)
+    assert (answer.text, answer.found, answer.notes[0]) == ("t", (), "without demonstrations: away")
+    assert made.totals.requests == 1 and len(answer.notes) == (2 if broken == "embedder" else 1)
+
+
+def test_a_slow_store_takes_no_more_than_half_of_the_students_time(store):
+    store.add([demonstration("which way", "go north")])
+    let_go = threading.Event()
+    store.embedder.embed = lambda texts: let_go.wait(20)
+    small = student("a")
+    began = time.monotonic()
+    answer = cascade(small, teacher("t"), store, student_seconds=0.6).answer(ASKED)
+    assert time.monotonic() - began < 5 and answer.text == "a"
+    assert answer.notes == ("without demonstrations: not done within 0.3 s",)
+    # what is left is the student's
+    assert 0 < small.questions[0][3] < 0.31
+    let_go.set()
+
+
+def test_an_answer_does_not_wait_for_a_busy_store(store):
+    let_go = threading.Event()
+    store.add = lambda demonstrations: let_go.wait(20)
+    began = time.monotonic()
+    # the teacher took 2 s of the 2.2
+    answer = cascade(student("a", "b", "c"), teacher("t"), store, learn=True, teacher_seconds=2.2).answer(ASKED)
+    assert time.monotonic() - began < 5 and answer.text == "t"
+    assert answer.notes == ("not learned: not done within 0.2 s",)
+    let_go.set()
+
+
 def test_a_store_that_fails_costs_the_examples_and_not_the_answer(store):
     store.embedder.embed = lambda texts: WordEmbedder.embed(store.embedder, texts) * math.nan
     answer = cascade(student("a", "b", "c"), teacher("t"), store, learn=True).answer(ASKED)
@@ -228,6 +280,51 @@ def test_the_teachers_answers_are_learned_where_wanted(store):
     # what the student agrees on is not learned
     answer = made.answer(ASKED, Situation(goal="g", observation="o"))
     assert answer.decision == AGREED and len(answer.found) == len(store) == 1
+
+
+def test_what_was_cut_off_is_said_and_not_learned(store):
+    class Cut(Scripted):
+        def sample(self, *args, **kwargs):
+            reply = super().sample(*args, **kwargs)
+            return replace(reply, samples=tuple(replace(each, finish="length") for each in reply.samples))
+
+    answer = cascade(student("a", "b", "c"), Cut("big", "t"), store, learn=True).answer(ASKED)
+    assert (answer.text, answer.finish) == ("t", "length") and len(store) == 0
+    assert answer.notes == ("not learned: the answer was cut off at 256 tokens",)
+    small = Cut("small", "a", "b", "b")
+    assert cascade(small, None, threshold=0.6).answer(ASKED).finish == "length"
+    # of the samples that agree the first one counts
+    small.sample = lambda *_, **__: Reply((Sample("a", "length"), Sample("b"), Sample("b", "length")), None, 0.0, "s")
+    answer = cascade(small, None, threshold=0.6).answer(ASKED)
+    assert (answer.text, answer.finish, answer.as_dict()["finish"]) == ("b", "stop", "stop")
+    assert cascade(small, None).answer(ASKED).finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("script", "bad"), [(["a"], "t"), (["a", "b", "c"], "t"), (["a", "b", "b"], DOWN)], ids=["agreed", "asked", "down"]
+)
+def test_a_stream_is_the_answer_in_pieces(script, bad):
+    whole, streamed = cascade(student(*script), teacher(bad)), cascade(student(*script), teacher(bad))
+    answer, pieces = whole.answer(ASKED), list(streamed.stream(ASKED))
+    assert "".join(piece.text for piece in pieces) == answer.text
+    assert [piece.answer for piece in pieces[:-1]] == [None]
+    last = pieces[-1].answer
+    assert replace(last, seconds=0.0) == replace(answer, seconds=0.0) and streamed.totals == whole.totals
+
+
+def test_a_stream_asks_when_it_is_read_and_checks_before():
+    small = student("a")
+    made = cascade(small, None)
+    assert "at least one" in refusal(lambda: made.stream([]))
+    stream = made.stream(ASKED, Situation(goal="g"))
+    assert not small.questions and made.totals.requests == 0
+    assert next(stream).text == "a" and made.totals.requests == 1
+    # a reader that stops early was charged all the same
+    stream.close()
+    assert made.totals.cost == 160 / 1e6
+    broken = cascade(student(""), teacher(DOWN)).stream(ASKED)
+    with pytest.raises(NoAnswer):
+        next(broken)
 
 
 def test_an_answer_is_json():
@@ -263,6 +360,7 @@ def test_many_threads_ask_at_once():
         ({"student_seconds": 0}, "student_seconds=0"),
         ({"teacher_seconds": math.inf}, "teacher_seconds=inf"),
         ({"stop": ("",)}, "stop="),
+        ({"seed": "x"}, "seed='x'"),
     ],
 )
 def test_options_are_checked(options, says_so):

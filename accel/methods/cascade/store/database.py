@@ -83,8 +83,9 @@ class Database:
     def close(self) -> None:
         """Give the file back; used again, the store opens it anew."""
         with self._lock:
+            self._put_aside_inherited()
             idle, self._idle = self._idle, []
-        for connection in idle if self._pid == os.getpid() else []:
+        for connection in idle:
             connection.close()
 
     def add(self, demonstrations: Sequence[Demonstration], vectors: Mapping[str, bytes]) -> int:
@@ -283,10 +284,7 @@ class Database:
 
     def _take(self) -> sqlite3.Connection:
         with self._lock:
-            if self._pid != os.getpid():
-                # closing them here would disturb the process that they belong to
-                _INHERITED.extend(self._idle)
-                self._idle, self._pid = [], os.getpid()
+            self._put_aside_inherited()
             if self._idle:
                 return self._idle.pop()
         # transactions are begun where they are needed; threads hand connections on, one at a time
@@ -295,6 +293,12 @@ class Database:
         # a commit survives the death of the process, and the file that of the machine
         db.execute("PRAGMA synchronous = NORMAL")
         return db
+
+    def _put_aside_inherited(self) -> None:
+        """Behind a fork: closing them here, or letting go of them, would disturb the process that they belong to."""
+        if self._pid != os.getpid():
+            _INHERITED.extend(self._idle)
+            self._idle, self._pid = [], os.getpid()
 
     def _give(self, db: sqlite3.Connection) -> None:
         with self._lock:

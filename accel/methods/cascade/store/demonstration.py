@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +14,8 @@ from accel.errors import OptionError
 TASK_FIELDS = ("goal", "plan")
 STEP_FIELDS = ("observation", "reasoning")
 FIELDS = (*TASK_FIELDS, *STEP_FIELDS)
+# what every number of the file and of the search can hold
+MOST_OUTCOME = 1e9
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class Demonstration:
         _check_texts(self, ("goal", "plan"), TASK_FIELDS)
         if not self.steps or not all(isinstance(step, Step) for step in self.steps):
             raise OptionError("a demonstration needs one step or more")
-        if type(self.outcome) not in (int, float) or not math.isfinite(self.outcome):
-            raise OptionError(f"outcome={self.outcome!r}: must be a number, 1.0 for success")
+        if type(self.outcome) not in (int, float) or not abs(self.outcome) <= MOST_OUTCOME:
+            raise OptionError(f"outcome={str(self.outcome)[:40]}: must be a number, 1.0 for success")
         for name in ("episode", "source"):
             value = getattr(self, name)
             if value is not None and not (value and _is_text(value)):

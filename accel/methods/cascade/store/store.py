@@ -194,6 +194,9 @@ class DemonstrationStore:
             raise OptionError(f"k={k!r}: demonstrations to retrieve, a whole number ≥ 1")
         if type(window) is not int or window < 1:
             raise OptionError(f"window={window!r}: steps to show of a demonstration, a whole number ≥ 1")
+        for name, names in (("exclude_episodes", exclude_episodes), ("sources", sources)):
+            if isinstance(names, str):
+                raise OptionError(f"{name}={names[:40]!r}: a list of names, not one text")
         texts = situation.queries()
         if not texts:
             raise OptionError("an empty situation: give a goal, a plan, an observation or a reasoning to compare")
