@@ -12,11 +12,13 @@ import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 Result = TypeVar("Result")
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
+_locks: WeakKeyDictionary[object, threading.Lock] = WeakKeyDictionary()
 
 
 def run(make: Callable[[], Coroutine[Any, Any, Result]], seconds: float) -> Result:
@@ -48,6 +50,15 @@ def within(call: Callable[[], Result], seconds: float) -> Result:
     return future.result(seconds)
 
 
+def lock_of(model: object) -> threading.Lock:
+    """The one lock of a model on this machine: who generates or embeds with it holds it meanwhile, its tokenizer's too.
+
+    Neither can be used by two threads at once: one cuts texts where the other wants them whole, say.
+    """
+    with _lock:
+        return _locks.setdefault(model, threading.Lock())
+
+
 def current() -> asyncio.AbstractEventLoop:
     """The loop; started when it is first needed, and again in a process that was forked."""
     global _loop
@@ -60,8 +71,8 @@ def current() -> asyncio.AbstractEventLoop:
 
 def _forget() -> None:
     """In a process that was forked: the loop's thread did not come along, nor one that may have held the lock."""
-    global _lock, _loop
-    _lock, _loop = threading.Lock(), None
+    global _lock, _loop, _locks
+    _lock, _loop, _locks = threading.Lock(), None, WeakKeyDictionary()
 
 
 if hasattr(os, "register_at_fork"):

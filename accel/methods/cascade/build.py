@@ -113,5 +113,5 @@ def cascade(
 def embedder_for(student: Answerer, folder: str | None) -> Embedder:
     """The sentence model named or installed; else the student's own hidden states, if it is on this machine."""
     if isinstance(student, LocalAnswerer):
-        return find_embedder(folder, model=student.model, tokenizer=student.tokenizer, lock=student.lock)
+        return find_embedder(folder, model=student.model, tokenizer=student.tokenizer)
     return find_embedder(folder)

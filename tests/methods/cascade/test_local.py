@@ -12,9 +12,9 @@ from byte_tokenizer import byte_tokenizer
 from refusals import refusal
 
 import accel
-from accel.methods.cascade import embedding
+from accel.methods.cascade import background
 from accel.methods.cascade.answerer import Sampling, Unanswered
-from accel.methods.cascade.build import embedder_for
+from accel.methods.cascade.embedding import HiddenStateEmbedder
 from accel.methods.cascade.local import LocalAnswerer
 from accel.methods.cascade.prices import HourPrice, Usage
 
@@ -130,9 +130,10 @@ def test_a_slow_model_is_stopped(model, made):
     assert time.monotonic() - began < 5 and 0 < caught.value.usage.output_tokens < 100
 
 
-def test_who_waits_too_long_for_a_busy_model_is_told(made):
-    made.lock.acquire()
-    threading.Timer(0.6, made.lock.release).start()
+def test_who_waits_too_long_for_a_busy_model_is_told(model, made):
+    lock = background.lock_of(model)
+    lock.acquire()
+    threading.Timer(0.6, lock.release).start()
     with pytest.raises(Unanswered, match="busy for"):
         made.sample(ASKED, 1, HOT, seconds=0.2)
     # and who has the time gets an answer
@@ -158,20 +159,26 @@ def test_what_goes_wrong_inside_is_one_line(model, made):
     assert "temperature=0 with n=2" in refusal(lambda: made.sample(ASKED, 2, Sampling(temperature=0), seconds=1.0))
 
 
-def test_an_embedder_with_the_models_lock_never_runs_beside_it(model, made, monkeypatch):
-    monkeypatch.setattr(embedding, "PACKAGED", "a_package_that_is_not_there")
-    embedder = embedder_for(made, None)
+def test_nobody_is_in_a_model_together(model, made):
+    embedder = HiddenStateEmbedder(model, byte_tokenizer())
+    other = LocalAnswerer(model, byte_tokenizer(), name="other")
     inside, together = threading.Lock(), []
 
     def enter(*_args):
         together.append(not inside.acquire(blocking=False))
         time.sleep(0.002)
 
-    # two threads in one model at once: the second finds the lock taken
+    # the second of two threads in one model finds the lock taken
     model.model.register_forward_pre_hook(enter)
     model.model.register_forward_hook(lambda *_: inside.release() if inside.locked() else None)
-    embedding_thread = threading.Thread(target=lambda: [embedder.embed([f"text {n}"]) for n in range(20)])
-    embedding_thread.start()
-    made.sample(ASKED, 1, Sampling(temperature=0, max_tokens=30), seconds=60.0)
-    embedding_thread.join()
-    assert len(together) > 20 and not any(together)
+    greedy = Sampling(temperature=0, max_tokens=20)
+    threads = [
+        threading.Thread(target=lambda: [embedder.embed([f"text {n}"]) for n in range(20)]),
+        threading.Thread(target=lambda: other.sample(ASKED, 1, greedy, seconds=60.0)),
+    ]
+    for thread in threads:
+        thread.start()
+    assert made.sample(ASKED, 1, greedy, seconds=60.0).samples
+    for thread in threads:
+        thread.join()
+    assert len(together) > 40 and not any(together)

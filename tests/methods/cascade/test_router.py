@@ -282,7 +282,7 @@ def test_the_teachers_answers_are_learned_where_wanted(store):
     assert answer.decision == AGREED and len(answer.found) == len(store) == 1
 
 
-def test_what_was_cut_off_is_said_and_not_learned(store):
+def test_what_was_cut_off_or_is_no_answer_here_is_not_learned(store):
     class Cut(Scripted):
         def sample(self, *args, **kwargs):
             reply = super().sample(*args, **kwargs)
@@ -291,6 +291,8 @@ def test_what_was_cut_off_is_said_and_not_learned(store):
     answer = cascade(student("a", "b", "c"), Cut("big", "t"), store, learn=True).answer(ASKED)
     assert (answer.text, answer.finish) == ("t", "length") and len(store) == 0
     assert answer.notes == ("not learned: the answer was cut off at 256 tokens",)
+    answer = cascade(student("a", "b", "c"), teacher("t"), store, learn=True).answer(ASKED, valid=lambda text: False)
+    assert (answer.text, answer.notes) == ("t", ("not learned: it is no answer here",)) and len(store) == 0
     small = Cut("small", "a", "b", "b")
     assert cascade(small, None, threshold=0.6).answer(ASKED).finish == "length"
     # of the samples that agree the first one counts
