@@ -139,6 +139,8 @@ def test_a_teacher_that_is_down_leaves_the_students_best() -> None:
         (lambda: accel.cascade("x@http://h/v1", key_variable="NO_SUCH_KEY"), "NO_SUCH_KEY"),
         (lambda: accel.cascade("x@http://h/v1", prices="no-such-file.json"), "no-such-file.json"),
         (lambda: accel.cascade("x@http://"), "base_url"),
+        (lambda: accel.cascade("x@http://h/v1", compress="no-such-folder"), "llmlingua"),
+        (lambda: accel.cascade("x@http://h/v1", store="kept.db"), "nothing to embed texts with"),
     ],
 )
 def test_what_cannot_be_is_refused(call, says) -> None:

