@@ -434,16 +434,6 @@ def _by_task(records: Sequence[Mapping[str, Any]], arms: Sequence[str]) -> np.nd
     return np.asarray(cells, dtype=float)
 
 
-def calibrated(arms: Mapping[str, Mapping[str, Any]], budget: float) -> str | None:
-    """The arm with the most success whose cost is at most ``budget`` of the teacher's; the cheaper one of two alike."""
-    within = [
-        (row["success"], -row["relative_cost"], name)
-        for name, row in arms.items()
-        if row["relative_cost"] is not None and row["relative_cost"] <= budget
-    ]
-    return max(within)[2] if within else None
-
-
 def verdicts(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The bars, at full agreement: success kept and its cost, against the student and against a coin."""
     found: dict[str, dict[str, Any]] = {}

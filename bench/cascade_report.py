@@ -10,6 +10,8 @@ from accel.bench.plot import Chart, Point
 from accel.bench.report import NOTHING, table
 
 MIX = "random mix"
+# shares of the teacher's cost that somebody may want to keep to
+BUDGETS = (0.25, 0.5, 1.0)
 
 
 def terminal(document: Mapping[str, Any]) -> str:
@@ -56,6 +58,16 @@ def arm_rows(workload: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return titles, rows
 
 
+def calibrated(arms: Mapping[str, Mapping[str, Any]], budget: float) -> str | None:
+    """The arm with the most success whose cost is at most ``budget`` of the teacher's; the cheaper one of two alike."""
+    within = [
+        (row["success"], -row["relative_cost"], name)
+        for name, row in arms.items()
+        if row["relative_cost"] is not None and row["relative_cost"] <= budget
+    ]
+    return max(within)[2] if within else None
+
+
 def charts(document: Mapping[str, Any]) -> list[tuple[Chart, list[Point]]]:
     """Success against cost, of each workload."""
     return [
@@ -86,6 +98,8 @@ def remarks(document: Mapping[str, Any]) -> list[str]:
     for name, each in document["workloads"].items():
         for arm, versus in each["compared"].items():
             lines.append(f"{name}, {arm}: {_versus(versus)}")
+        chosen = ", ".join(f"{100 * budget:.0f} %: {calibrated(each['arms'], budget) or 'none'}" for budget in BUDGETS)
+        lines.append(f"{name}: the most success within a share of the teacher's cost: {chosen}")
         ratio, least, most = each["shared_prompt"]["three_over_one"]
         lines.append(
             f"{name}: three samples of one prompt of {each['shared_prompt']['tokens']} tokens take {ratio:.2f}× "

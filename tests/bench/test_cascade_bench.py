@@ -78,10 +78,10 @@ def test_unknown_costs_compare_nothing():
 
 def test_calibration_takes_the_best_within_a_budget():
     rows = cascade.summarise(RECORDS)
-    assert cascade.calibrated(rows, 1.0) == TEACHER
-    assert cascade.calibrated(rows, 0.5) == FULL
-    assert cascade.calibrated(rows, 0.2) == DEMOS
-    assert cascade.calibrated(rows, 0.05) is None
+    assert cascade_report.calibrated(rows, 1.0) == TEACHER
+    assert cascade_report.calibrated(rows, 0.5) == FULL
+    assert cascade_report.calibrated(rows, 0.2) == DEMOS
+    assert cascade_report.calibrated(rows, 0.05) is None
 
 
 def test_what_was_said_is_said_again():
