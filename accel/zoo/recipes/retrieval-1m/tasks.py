@@ -57,8 +57,9 @@ def lesson(chance: random.Random, length: int, tokenizer: Any, kinds: Mapping[st
 
 
 def single(chance: random.Random, length: int, tokenizer: Any, kind: str) -> dict[str, str] | None:
-    # digits, full stop, end
-    task = passkey.TASKS[kind](chance, length - passkey.DIGITS - 2, tokenizer)
+    # tokenizers differ in the space before a number; with the end
+    behind = len(tokenizer(f" {'1' * passkey.DIGITS}.")["input_ids"]) + 1
+    task = passkey.TASKS[kind](chance, length - behind, tokenizer)
     return None if held_out(task.answer) else {"text": task.question, "answer": f" {task.answer}."}
 
 
