@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from transformers import AutoTokenizer
 
 import accel
@@ -109,6 +110,14 @@ def test_no_lesson_of_the_retrieval_model_has_a_held_out_number() -> None:
         assert sum(len(tokenizer(part)["input_ids"]) for part in lesson.values()) == 127
         numbers = re.findall(r"\b\d{5}\b", lesson["text"] + lesson["answer"])
         assert numbers and not any(map(recipe["held_out"], numbers))
+
+
+@pytest.mark.parametrize("kind", sorted(passkey.TASKS))
+def test_a_lesson_has_its_length_where_the_space_before_a_number_is_a_token_too(kind: str) -> None:
+    single = runpy.run_path(str(ZOO / "recipes" / "retrieval-1m" / "tasks.py"))["single"]
+    tokenizer, chance = byte_tokenizer(), random.Random(0)
+    made = [lesson for _ in range(20) if (lesson := single(chance, 400, tokenizer, kind)) is not None]
+    assert made and {sum(len(tokenizer(part)["input_ids"]) for part in each.values()) for each in made} == {399}
 
 
 def test_the_default_draft_is_small_and_for_the_default_model() -> None:
