@@ -251,6 +251,14 @@ def test_bad_questions_are_refused(store):
     assert "finite vectors [1, 64]" in refusal(lambda: store.retrieve(Situation(goal="g"), 1))
 
 
+def test_a_writer_takes_its_turn_before_it_reads(store):
+    with store._database._writing():
+        other = sqlite3.connect(store.path, timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
+
+
 WRITER = """
 import os, signal, sys
 from cascade_fakes import WordEmbedder, demonstration
