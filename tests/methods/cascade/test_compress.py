@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import time
 import types
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,6 +35,7 @@ class Stub:
 
     def compress_prompt(self, text, **told):
         self.asked.append((text, told))
+        time.sleep(0.02)
         if "broken" in text:
             raise ValueError("no\nway")
         if "unknown" in text:

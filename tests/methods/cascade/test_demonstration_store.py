@@ -15,6 +15,7 @@ import pytest
 from cascade_fakes import WordEmbedder, demonstration
 from refusals import refusal
 
+from accel.errors import AccelError
 from accel.methods.cascade.store import Added, Demonstration, DemonstrationStore, Situation, Step
 from accel.methods.cascade.store import database as database_module
 
@@ -143,6 +144,50 @@ def test_one_store_sees_what_another_adds_and_takes_out(tmp_path):
         assert goals(other.retrieve(Situation(goal="a"), 1)) == ["a"] and len(one) == 3
 
 
+def test_a_vector_that_goes_before_it_is_used_is_made_again(store, monkeypatch):
+    store.add([demonstration("g", "look", episode="e1")])
+    unknown = store._database.unknown
+
+    def then_gone(texts):
+        found = unknown(texts)
+        store.remove(episode="e1")
+        return found
+
+    monkeypatch.setattr(store._database, "unknown", then_gone)
+    assert store.add([demonstration("g", "look", "jump")]) == Added(1, 0)
+    check_whole(store.path)
+    assert store.retrieve(Situation(goal="g", observation="see look"), 2)[0].step == 0
+
+
+def test_what_goes_during_a_search_is_left_out(store, monkeypatch):
+    store.add([demonstration("g", "look", episode="e1"), demonstration("g", "jump", episode="e2")])
+    body = store._database.body
+
+    def goes(number):
+        store.remove(episode="e1")
+        return body(number)
+
+    monkeypatch.setattr(store._database, "body", goes)
+    found = store.retrieve(Situation(goal="g", observation="see look"), 2)
+    assert [each.demonstration.episode for each in found] == ["e2"]
+
+
+def test_a_reading_that_fails_halfway_begins_again(store, monkeypatch):
+    store.add([demonstration("g", "look"), demonstration("h", "jump")])
+    read, failed = store._database.vectors, []
+
+    def fails_once(ids, size):
+        failed.append(1)
+        if len(failed) == 2:
+            raise AccelError("the disk is away")
+        return read(ids, size)
+
+    monkeypatch.setattr(store._database, "vectors", fails_once)
+    assert "the disk is away" in refusal(lambda: store.retrieve(Situation(goal="g"), 3))
+    assert goals(store.retrieve(Situation(goal="g", observation="see look"), 3)) == ["g", "h"]
+    assert len(store._loaded.ids) == len(store._loaded.owner) == 2
+
+
 def test_texts_are_embedded_once(store):
     store.add([demonstration("g", "look", "look"), demonstration("g", "jump", plan="g")])
     assert sorted(store.embedder.asked) == sorted(["g", "see look", "because look", "see jump", "because jump"])
@@ -204,6 +249,14 @@ def test_bad_questions_are_refused(store):
         assert "not one text" in refusal(lambda names=names: store.retrieve(Situation(goal="g"), 1, **names))
     store.embedder.embed = lambda texts: WordEmbedder.embed(store.embedder, texts) * float("nan")
     assert "finite vectors [1, 64]" in refusal(lambda: store.retrieve(Situation(goal="g"), 1))
+
+
+def test_a_writer_takes_its_turn_before_it_reads(store):
+    with store._database._writing():
+        other = sqlite3.connect(store.path, timeout=0, isolation_level=None)
+        with pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+        other.close()
 
 
 WRITER = """

@@ -54,6 +54,17 @@ def test_unit_vectors_that_do_not_depend_on_what_stands_beside(embedder):
     assert bool(torch.isfinite(embedder.embed([""])).all())
 
 
+def test_what_stands_at_padded_positions_does_not_matter():
+    def states(batch):
+        hidden = batch["input_ids"].float()[..., None].repeat(1, 1, 3)
+        return hidden.masked_fill(batch["attention_mask"][..., None] == 0, float("nan"))
+
+    means = embedding._pooled(TEXTS, byte_tokenizer(), states, 20, torch.device("cpu"))
+    for text, mean in zip(TEXTS, means, strict=True):
+        ids = torch.tensor(byte_tokenizer()(text)["input_ids"][:20])
+        assert torch.allclose(mean, ids.float().mean().expand(3))
+
+
 def test_the_mean_over_the_tokens(folder):
     made = SentenceEmbedder(folder)
     assert made.max_tokens == 20
