@@ -92,14 +92,6 @@ def step_question(goal: str, observation: str, layout: Layout, before: Sequence[
     return "\n".join(each for each in (*lines, line(layout.observation, observation), layout.action) if each)
 
 
-def fitting(found: Sequence[Found], count: Callable[[str], int], limit: int, layout: Layout = PLAIN) -> list[Found]:
-    """As many of the most similar as make a text of at most ``limit`` by ``count`` (its tokens, say)."""
-    kept = list(found)
-    while kept and count(rendered(kept, layout)) > limit:
-        kept.pop()
-    return kept
-
-
 def situation_of(messages: Messages) -> Situation:
     """Where a conversation stands, for callers that do not say: it began with a goal, and the last message is seen."""
     said = [message["content"] for message in messages if message["role"] == "user"]

@@ -6,7 +6,7 @@ import pytest
 from cascade_fakes import demonstration
 from refusals import refusal
 
-from accel.methods.cascade.prompt import Layout, fitting, rendered, situation_of, with_demonstrations
+from accel.methods.cascade.prompt import Layout, rendered, situation_of, with_demonstrations
 from accel.methods.cascade.store import Demonstration, Found, Situation, Step
 
 WHOLE = Found(demonstration("boil an egg", "heat", "wait", plan="be patient"), 0, 0, 2, 0.9)
@@ -92,13 +92,6 @@ def test_steps_as_turns_with_the_most_similar_last():
 def test_observations_can_be_shortened_and_actions_not():
     text = rendered([WHOLE], shorten=str.upper)
     assert "Observation: SEE HEAT" in text and "Action: heat" in text and "Reasoning: because heat" in text
-
-
-def test_as_many_as_fit():
-    one, both = len(rendered([WHOLE])), len(rendered([WHOLE, PART]))
-    assert fitting([WHOLE, PART], len, both) == [WHOLE, PART]
-    assert fitting([WHOLE, PART], len, both - 1) == [WHOLE] == fitting([WHOLE, PART], len, one)
-    assert fitting([WHOLE, PART], len, one - 1) == []
 
 
 def test_where_a_conversation_stands():
