@@ -59,7 +59,8 @@ def test_a_transformers_folder_is_a_draft(tiny, tmp_path, target):
     [
         ({"lose": ["model.norm.weight"]}, r"missing \['model.norm.weight'\]"),
         ({"extra": ["surplus"]}, r"unknown \['surplus'\]"),
-        ({"kind": "demos"}, "takes kind 'draft'"),
+        ({"kind": "model"}, "takes kind 'draft'"),
+        ({"kind": "demos"}, "which nothing decodes with: pass it to accel.cascade"),
     ],
 )
 def test_a_draft_artifact_that_does_not_fit_is_refused(tiny, tmp_path, target, change, says):

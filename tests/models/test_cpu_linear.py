@@ -267,8 +267,16 @@ def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, mem
     assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 8: "packed", 16: "int8"}
     assert installed.extra_bytes == 2 * IN * 64 * 4 + 2 * IN * 64
     # what was measured fastest for the most rows is taken for more
-    assert all(TOLERANCE < each < 0.02 for each in (*errors[:3], *errors[4:]))
+    # 7 bits of the inputs where the processor has no dot product of bytes: twice the error of 8
+    assert all(TOLERANCE < each < 0.03 for each in (*errors[:3], *errors[4:]))
     assert errors[3] <= TOLERANCE
+
+
+def rounding(got: Tensor, layer: nn.Linear, x: Tensor) -> float:
+    """Error over what an output of such inputs and weights is usually: one whose sum cancels may be near zero."""
+    inputs, weights = x.square().mean().sqrt(), layer.weight.square().mean().sqrt()
+    usual = inputs * weights * x.shape[-1] ** 0.5
+    return float((got - layer(x)).square().mean().sqrt() / usual.clamp_min(1e-30))
 
 
 @torch.no_grad()
@@ -280,12 +288,13 @@ def test_8_bits_of_any_shape_and_of_misaligned_rows(inputs: int, outputs: int) -
     for rows in (1, 2, 3, 5):
         # rows of another tensor begin where they may
         x = torch.randn(rows * inputs + 3)[3:].reshape(rows, inputs)
-        assert error(run(x), layer(x)) < 0.03
+        assert rounding(run(x), layer, x) < 0.03
     layer.weight.mul_(3.0)
-    assert error(run(x), layer(x)) < 0.03
+    assert rounding(run(x), layer, x) < 0.03
     # a row's own size does not make its neighbour coarse
     sizes = torch.tensor([1e-6, 1.0, 1e6, 0.0, 1e15])[:, None]
-    assert all(error(run(x * sizes)[i : i + 1], layer(x * sizes)[i : i + 1]) < 0.03 for i in range(5))
+    rows = [(x * sizes)[i : i + 1] for i in range(5)]
+    assert all(rounding(got[None], layer, row) < 0.03 for got, row in zip(run(x * sizes), rows, strict=True))
     layer.weight.zero_()
     assert error(run(x), layer(x)) < 0.03
 
