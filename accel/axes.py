@@ -37,6 +37,9 @@ class Target(Protocol):
     def num_positions(self, row: int) -> int:
         """Position of the row's next token."""
 
+    def place(self, row: int) -> int:
+        """Where the row lies: ``forward`` is fastest with rows in this order."""
+
     def forward(
         self,
         tokens: Tensor,

@@ -137,15 +137,26 @@ class RowSampler:
 
 def batch_scores(samplers: Sequence[RowSampler], logits: Tensor) -> Tensor:
     """Scores ``[R, V]`` of every row's next token, in as few processor calls as the rows' histories allow."""
-    first = samplers[0].pipeline
-    if all(s.pipeline is first for s in samplers):
-        if not first:
-            return logits.float()
-        if first.ignores_ids:
-            return first.warp(logits)
-        if all(s.length == samplers[0].length for s in samplers):
-            ids = torch.stack([s.ids() for s in samplers])
-            return first(ids, logits, [s.request.id for s in samplers])
+    groups: dict[int, list[int]] = {}
+    for index, sampler in enumerate(samplers):
+        groups.setdefault(id(sampler.pipeline), []).append(index)
+    if len(groups) == 1:
+        return _scores_of_one_pipeline(samplers, logits)
+    scores = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    for members in groups.values():
+        scores[members] = _scores_of_one_pipeline([samplers[index] for index in members], logits[members])
+    return scores
+
+
+def _scores_of_one_pipeline(samplers: Sequence[RowSampler], logits: Tensor) -> Tensor:
+    pipeline = samplers[0].pipeline
+    if not pipeline:
+        return logits.float()
+    if pipeline.ignores_ids:
+        return pipeline.warp(logits)
+    if all(s.length == samplers[0].length for s in samplers):
+        ids = torch.stack([s.ids() for s in samplers])
+        return pipeline(ids, logits, [s.request.id for s in samplers])
     return torch.stack([s.scores(row) for s, row in zip(samplers, logits, strict=True)])
 
 

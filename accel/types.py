@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,13 @@ class Request:
     segments: tuple[Any, ...] = ()
     # the same for a draft model, which reads the prompt alone where there is none
     draft_segments: tuple[Any, ...] = ()
+    # keys and values of the prompt's first tokens, where another row has read them (accel.models.row_cache.Segment);
+    # they are copied, and at least one token of the prompt is left to read
+    prefix: Any = None
+    # told raw logits [n, V] of the prompt's positions and the first of these, in order, while the prompt is read
+    on_prompt_logits: Callable[[int, Tensor], None] | None = None
+    # figures of this request alone, beside the decoder's: rounds, drafted and accepted tokens
+    stats: Stats | None = None
 
 
 @dataclass(frozen=True)

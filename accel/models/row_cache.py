@@ -7,6 +7,7 @@ until ``commit`` keeps a prefix of them; what is not kept is simply overwritten 
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,9 +168,27 @@ class RowCache(Cache):
         """Forget rows; their segments live on while other rows or artifacts hold them."""
         for name in rows:
             self._free_slots.append(self.rows.pop(name).slot)
+        self._close_ranks()
         if not self.rows:
             self._keys, self._values, self._free_slots, self._num_slots = [], [], [], 0
             self._places = {}
+
+    def _close_ranks(self) -> None:
+        """Move the last rows into the holes that closed ones left: rows side by side are read without a copy."""
+        by_slot = sorted(self.rows.values(), key=lambda row: row.slot)
+        for hole in sorted(self._free_slots):
+            if not by_slot or by_slot[-1].slot < hole:
+                return
+            row = by_slot.pop()
+            end = row.tail_length + row.num_tentative
+            for store in (*self._keys, *self._values):
+                # what has no keys yet may lie behind the end of the store
+                if end:
+                    store[hole, :, :end] = store[row.slot, :, :end]
+                store[hole : hole + 1, :, end:] = 0
+            self._free_slots[self._free_slots.index(hole)] = row.slot
+            row.slot = hole
+            bisect.insort(by_slot, row, key=lambda row: row.slot)
 
     def freeze(self, name: int) -> None:
         """Turn a row's tail into an immutable segment (a copy) at the end of the row's own chain.
@@ -187,6 +206,38 @@ class RowCache(Cache):
             num_positions=end,
         )
         row.segments, row.tail_length = (*row.segments, segment), 0
+
+    def copy(self, name: int) -> Segment:
+        """What a row's tail holds, as a segment of its own; the row stays as it is."""
+        row = self.rows[name]
+        end = row.tail_length
+        return Segment(
+            tuple(k[row.slot, :, :end].clone() for k in self._keys),
+            tuple(v[row.slot, :, :end].clone() for v in self._values),
+            num_positions=end,
+        )
+
+    def fill(self, name: int, segment: Segment, length: int) -> None:
+        """Begin an empty row's tail with a copy of the first ``length`` slots of a segment.
+
+        A copy and not a link: every distinct segment costs an attention call of its own, in each layer and step.
+        """
+        row = self.rows[name]
+        assert row.tail_length == row.num_tentative == 0, "only an empty row can be filled"
+        step = Step([row], [0], length)
+        for store, given in ((self._keys, segment.keys), (self._values, segment.values)):
+            for layer, new in enumerate(given):
+                if layer == len(store):
+                    store.append(self._empty(new[None], length))
+                store[layer] = self._grown(store[layer], length)
+                self._write(store[layer], new[None, :, :length], step)
+        for layer in range(len(segment.keys)):
+            self._places.setdefault(layer, layer)
+        row.tail_length = length
+
+    def place(self, name: int) -> int:
+        """Where a row lies: rows that are asked for in this order can be read without a copy."""
+        return self.rows[name].slot
 
     def begin(self, names: Sequence[int], n: int) -> Step:
         """Announce a forward pass that adds n tentative tokens to each of the rows, and make room for them."""

@@ -92,6 +92,10 @@ class SoftmaxTarget:
     def state_bytes(self) -> int:
         return self.cache.nbytes()
 
+    def place(self, row: int) -> int:
+        """Rows that are given to ``forward`` in this order are read without a copy."""
+        return self.cache.place(row)
+
     @torch.no_grad()
     def forward(
         self,

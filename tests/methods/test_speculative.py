@@ -55,6 +55,9 @@ class ScriptedTarget:
         for row in rows:
             self.kept[row] = [-1]  # a closed row's name is not given out again here
 
+    def place(self, row: int) -> int:
+        return row
+
     def num_positions(self, row: int) -> int:
         return len(self.kept[row]) + len(self.tentative[row])
 

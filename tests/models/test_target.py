@@ -352,15 +352,49 @@ def test_a_row_that_overflowed_does_not_poison_the_next_one(family):
     mirror.open()
     mirror.forward(torch.arange(3, 17).view(2, 7), [0, 1])
     mirror.commit([0, 1], [7, 7])
-    slot = mirror.target.cache.rows[0].slot
-    mirror.close([0])
+    slot = mirror.target.cache.rows[1].slot
+    mirror.close([1])
     for store in (*mirror.target.cache._keys, *mirror.target.cache._values):
         store[slot].fill_(float("nan"))
     mirror.open()
     assert mirror.target.cache.rows[2].slot == slot
-    mirror.forward(torch.tensor([[5, 6], [7, 8]]), [2, 1])
-    mirror.commit([2, 1], [2, 2])
+    mirror.forward(torch.tensor([[5, 6], [7, 8]]), [2, 0])
+    mirror.commit([2, 0], [2, 2])
     mirror.forward(torch.tensor([[9]]), [2])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_close_ranks(family):
+    """The last row moves into the hole that a closed one left, with all it holds, and rows lie side by side again."""
+    mirror = Mirror(MODELS[family])
+    for _ in range(4):
+        mirror.open()
+    mirror.forward(torch.arange(3, 31).view(4, 7), [0, 1, 2, 3])
+    mirror.commit([0, 1, 2, 3], [7, 6, 5, 4])
+    mirror.close([0, 2])
+    assert sorted(map(mirror.target.place, [1, 3])) == [0, 1]
+    mirror.forward(torch.tensor([[5, 6], [7, 8]]), [3, 1])
+    mirror.commit([3, 1], [1, 2])
+    mirror.open()
+    mirror.forward(torch.tensor([[9], [10], [11]]), [3, 1, 4])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("length", [1, 4, 6])
+def test_a_row_filled_from_another_is_as_if_it_had_read_the_same(family, length):
+    mirror = Mirror(MODELS[family])
+    mirror.open()
+    mirror.forward(torch.tensor([[3, 4, 5, 6, 7, 8]]), [0])
+    mirror.commit([0], [6])
+    segment = mirror.target.cache.copy(0)
+    mirror.close([0])
+    mirror.open()
+    mirror.target.cache.fill(1, segment, length)
+    mirror.kept[1] = [3, 4, 5, 6, 7, 8][:length]
+    mirror.forward(torch.tensor([[9, 10]]), [1])
+    mirror.commit([1], [1])
+    mirror.open()
+    mirror.forward(torch.tensor([[11], [12]]), [1, 2])
 
 
 # the model it borrows

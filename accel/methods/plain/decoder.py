@@ -37,13 +37,26 @@ class LiveRow:
         return self.request.max_new_tokens - self.num_emitted
 
 
+@dataclass
+class Reading:
+    """Requests with one prompt that is being read, in pieces, into ``row``."""
+
+    requests: list[Request]
+    row: int
+    num_read: int = 0
+
+
 class RowDecoder:
-    """Admission, prefill and eviction of independent rows; subclasses say what a step is."""
+    """Admission, prefill and eviction of independent rows; subclasses say what a step is.
+
+    Prompts are read whole by ``admit``, or in pieces by ``begin`` and ``read``, between which other rows go on.
+    """
 
     def __init__(self, target: Target, stats: Stats) -> None:
         self.target = target
         self.stats = stats
         self.live: dict[int, LiveRow] = {}
+        self._reading: dict[int, Reading] = {}
         self._ready: list[Emission] = []
 
     def admit(self, requests: Sequence[Request]) -> None:
@@ -70,20 +83,67 @@ class RowDecoder:
                     first_logits.append(logits)
         place = {request.id: index for index, request in enumerate(requests)}
         order = sorted(range(len(admitted)), key=lambda i: place[admitted[i].request.id])
-        admitted = [admitted[i] for i in order]
-        logits = torch.stack([first_logits[i] for i in order])
+        self._go_live([admitted[i] for i in order], torch.stack([first_logits[i] for i in order]))
+        self.stats.add_seconds("prefill", time.perf_counter() - start)
+
+    def begin(self, requests: Sequence[Request]) -> int:
+        """Open a row for requests with the same prompt behind the same segments; returns how much is left to read."""
+        first = requests[0]
+        reading = Reading(list(requests), self.target.open(first.segments))
+        if first.prefix is not None:
+            reading.num_read = min(first.prefix.num_tokens, len(first.prompt) - 1)
+            self.target.cache.fill(reading.row, first.prefix, reading.num_read)  # type: ignore[attr-defined]
+        self._reading.update({request.id: reading for request in requests})
+        return len(first.prompt) - reading.num_read
+
+    def read(self, request_id: int, most: int) -> int:
+        """Read up to ``most`` more tokens of a prompt that was begun; returns how many are left.
+
+        With the last of them its requests are live, and the next step() hands out their first tokens.
+        """
+        start = time.perf_counter()
+        reading = self._reading[request_id]
+        first = reading.requests[0]
+        piece = first.prompt[reading.num_read : reading.num_read + most]
+        n = len(piece)
+        keep = None if first.on_prompt_logits is not None else [n - 1]
+        logits = self.target.forward(piece[None], [reading.row], keep=keep, final=[n])[0]
+        self.target.commit([n], [reading.row])
+        if first.on_prompt_logits is not None:
+            first.on_prompt_logits(reading.num_read, logits)
+        reading.num_read += n
+        left = len(first.prompt) - reading.num_read
+        if left == 0:
+            others = len(reading.requests) - 1
+            rows = [reading.row, *(self.target.fork(reading.row, others) if others else [])]
+            admitted = [LiveRow(each, row, RowSampler(each)) for each, row in zip(reading.requests, rows, strict=True)]
+            for request in reading.requests:
+                del self._reading[request.id]
+            self._go_live(admitted, logits[-1:].expand(len(admitted), -1))
+        self.stats.add_seconds("prefill", time.perf_counter() - start)
+        return left
+
+    def _go_live(self, admitted: Sequence[LiveRow], logits: Tensor) -> None:
+        """Rows whose prompts have been read, and the logits ``[R, V]`` of their first tokens."""
         self.live.update({live.request.id: live for live in admitted})
-        self.stats.prompt_tokens += sum(len(r.prompt) for r in requests)
+        # rows side by side in memory are read without a copy
+        self.live = dict(sorted(self.live.items(), key=lambda item: self.target.place(item[1].row)))
+        self.stats.prompt_tokens += sum(len(live.request.prompt) for live in admitted)
         self.on_admitted(admitted)
         self._ready += self.emit_one_each(admitted, logits)
-        self.stats.add_seconds("prefill", time.perf_counter() - start)
 
     def evict(self, request_ids: Sequence[int]) -> None:
         """Drop rows, finished or not; ids that were never admitted are fine."""
+        for reading in [self._reading.pop(id) for id in request_ids if id in self._reading]:
+            reading.requests = [each for each in reading.requests if each.id in self._reading]
+            if not reading.requests:
+                self.target.close([reading.row])
         gone = [self.live.pop(id) for id in request_ids if id in self.live]
         if gone:  # contexts only grow until a row ends: the peak is at one of the ends
             self.stats.state_bytes = max(self.stats.state_bytes, self.target.state_bytes())
         self.target.close([live.row for live in gone])
+        if gone:
+            self.live = dict(sorted(self.live.items(), key=lambda item: self.target.place(item[1].row)))
         self.on_evicted(gone)
 
     def step(self) -> list[Emission]:
@@ -155,6 +215,9 @@ class PlainDecoder(RowDecoder):
         logits = self.target.forward(tokens, names, keep=[0], final=[1] * len(rows))[:, 0]
         self.target.commit([1] * len(rows), names)
         emissions = self.emit_one_each(rows, logits)
+        for live in rows:
+            if live.request.stats is not None:
+                live.request.stats.count(0, 0)
         self.stats.target_calls += 1
         self.stats.row_calls += len(rows)
         self.stats.add_seconds("decode", time.perf_counter() - start)

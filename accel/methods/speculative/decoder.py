@@ -250,6 +250,8 @@ class SpeculativeDecoder(RowDecoder):
         matches, labels = _outcome(guess, verdict, tokens)
         self.length.learn(live.request.id, guess.proposed.confidence, matches, labels, self._source(guess.proposed))
         self.stats.count(guess.length, kept)
+        if live.request.stats is not None:
+            live.request.stats.count(guess.length, kept)
         scores = None if verdict.scores is None else verdict.scores[: kept + 1]
         return self.emit(live, tokens, logits[: kept + 1], scores)
 

@@ -320,6 +320,9 @@ class LinearRowCache(RowCache):
         if not self.rows:
             self.states.clear()
 
+    def _close_ranks(self) -> None:
+        """Rows stay where their states are."""
+
     def begin(self, names: Sequence[int], n: int, final: Sequence[int] | None = None) -> Step:
         tentative = [self.rows[name].num_tentative for name in names]
         step = super().begin(names, n)
