@@ -66,6 +66,9 @@ class Decoder(Protocol):
 
     stats: Stats
 
+    def check(self, request: Request) -> None:
+        """Refuse what cannot be decoded this way."""
+
     def admit(self, requests: Sequence[Request]) -> None:
         """Prefill the requests' prompts into new rows."""
 

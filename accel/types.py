@@ -37,7 +37,7 @@ class Request:
     segments: tuple[Any, ...] = ()
     # the same for a draft model, which reads the prompt alone where there is none
     draft_segments: tuple[Any, ...] = ()
-    # keys and values of the prompt's first tokens, where another row has read them (accel.models.row_cache.Segment);
+    # keys and values of the prompt's first tokens, where another row has read them (accel.engine.prefixes.Prefix);
     # they are copied, and at least one token of the prompt is left to read
     prefix: Any = None
     # told raw logits [n, V] of the prompt's positions and the first of these, in order, while the prompt is read
@@ -75,6 +75,8 @@ class Chunk:
     scores: Tensor | None = None
     # the prompt without its gaps, where it had some
     prompt: list[int] | None = None
+    # tokens that the decoder made final behind the row's end
+    dropped: int = 0
 
 
 @dataclass

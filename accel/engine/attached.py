@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -106,7 +106,7 @@ class Attached:
         self._linears: list[cpu_linear.Installed] = []
         if self.method.name == "speculative":
             self._speculator(self.options, self.draft)  # a draft that is asked for but missing is refused here
-        self._request_log = _request_log(model, shared)
+        self.request_log = _request_log(model, shared)
 
     def install(self) -> None:
         """Put our generate(), a conversion's layers and, on a CPU, our linear layers on the model (and its draft)."""
@@ -174,6 +174,17 @@ class Attached:
         return self.lawcat is not None and (self._by_length is None or self._by_length.linear)
 
     @contextmanager
+    def served(self) -> Iterator[None]:
+        """Somebody decodes with the model for many callers at once; generate() is refused meanwhile."""
+        if self._by_length is not None:
+            raise IncompatibleError(
+                "lawcat='auto' or a number puts other layers into the model from call to call, and a server has many "
+                "calls under way: pass lawcat='draft', or leave the option out for linear layers always"
+            )
+        with self._one_call_at_a_time():
+            yield
+
+    @contextmanager
     def _one_call_at_a_time(self) -> Iterator[None]:
         """Rows of two calls would mix in the drafter, and one call's stats would be the other's."""
         if self._busy:
@@ -198,9 +209,7 @@ class Attached:
         self.stats = Stats()
         plain_generate = type(self.model).generate
         self.stats.cartridges = list(dict.fromkeys(each.name for seat in seats for each in seat.cartridges))
-        if self.stats.cartridges:
-            self._check_causal("a cartridge")
-            self._check_softmax("a cartridge")
+        self.check_cartridges(self.stats.cartridges)
         for note in notes(seats):
             self._say(note)
         if self.lawcat is not None and self._runs_linear:
@@ -288,6 +297,13 @@ class Attached:
             if assistant is not None:
                 draft = self._assistant(assistant, kwargs.get("tokenizer"), assistant_tokenizer)
 
+        return Decoding(self.target(), self.decoder_maker(method, options, draft), exact=not self._runs_linear)
+
+    def decoder_maker(
+        self, method: MethodInfo, options: Any, draft: Drafter | None
+    ) -> Callable[[Any, Stats, bool], Decoder]:
+        """What makes the decoder of a call; see ``Decoding``."""
+
         def make(target: Any, stats: Stats, in_step: bool) -> Decoder:
             if method.decodes == "masked":
                 if in_step:
@@ -303,8 +319,11 @@ class Attached:
                 return get("plain").load()(target, get("plain").load_options()(), stats)  # type: ignore[misc]
             return method.load()(target, options, stats, self._speculator(options, draft))
 
-        target = target_for(self.model) if self.facts is None else self._read_both_ways()
-        return Decoding(target, make, exact=not self._runs_linear)
+        return make
+
+    def target(self) -> Any:
+        """What decoders read the model through: a new one for causal models, whose rows are a call's own."""
+        return target_for(self.model) if self.facts is None else self._read_both_ways()
 
     def _read_both_ways(self) -> Denoiser:
         """The model's denoiser, made once: whether a model can be read without causality is tried on it."""
@@ -324,6 +343,12 @@ class Attached:
         # zeros are what a model with such types assumes by itself, for the canvas too
         if isinstance(kinds, Tensor) and hasattr(self.model.config, "type_vocab_size") and not bool(kinds.any()):
             del kwargs["token_type_ids"]
+
+    def check_cartridges(self, names: Sequence[str]) -> None:
+        """Refuse cartridges in front of a model that has no place for them."""
+        if names:
+            self._check_causal("a cartridge")
+            self._check_softmax("a cartridge")
 
     def _check_causal(self, what: str) -> None:
         if self.facts is not None:
@@ -416,15 +441,15 @@ class Attached:
                 "change the call, or pass cartridges=[] to leave them out"
             )
         self._say(f"decoded by transformers, not by accel: {reason}")
-        if self._request_log is not None:
+        if self.request_log is not None:
             self._say("not logged: only rows that accel decodes are")
 
     def _log_row(self, prompt: Tensor, new: list[int]) -> None:
         """Put a finished row into the log, if there is one; what keeps it out is a note, and the call goes on."""
-        if self._request_log is not None and self.stats.cartridges:
+        if self.request_log is not None and self.stats.cartridges:
             problem: str | None = "not logged: a draft would learn the answer without the cartridge that it came from"
         else:
-            problem = None if self._request_log is None else self._request_log.append(prompt.tolist(), new)
+            problem = None if self.request_log is None else self.request_log.append(prompt.tolist(), new)
         if problem is not None and problem not in self.stats.notes:
             self._say(problem)
 

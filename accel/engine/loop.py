@@ -167,4 +167,5 @@ def _chunk(emission: Emission, count: int, *, finished: bool, late: bool) -> Chu
         None if emission.logits is None else emission.logits[:count],
         None if emission.scores is None else emission.scores[:count],
         emission.prompt,
+        len(emission.tokens) - count,
     )

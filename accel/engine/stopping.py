@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from transformers.generation.stopping_criteria import (
     StopStringCriteria,
 )
 
-from accel.types import Emission
+from accel.types import Emission, Request
 
 # criteria that look at one row at a time; anybody's own may compare rows
 _ROWWISE = (MaxLengthCriteria, EosTokenCriteria, MaxTimeCriteria, StopStringCriteria)
@@ -74,6 +74,29 @@ class CriteriaStopper:
                 done = done or any(bool(torch.as_tensor(vote).all()) for vote in votes)
             if done:
                 return index + 1, True
+        return len(emission.tokens), False
+
+
+class RequestStopper:
+    """Each request's own end: its length and its stop tokens. For requests that come and go."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, tuple[Request, int]] = {}
+
+    def add(self, requests: Sequence[Request]) -> None:
+        self._open.update({request.id: (request, 0) for request in requests})
+
+    def forget(self, request_ids: Iterable[int]) -> None:
+        for id in request_ids:
+            self._open.pop(id, None)
+
+    def clip(self, emission: Emission) -> tuple[int, bool]:
+        """(tokens that count, finished) for one row's emission."""
+        request, count = self._open[emission.request_id]
+        for index, token in enumerate(emission.tokens):
+            if count + index + 1 >= request.max_new_tokens or token in request.stop_tokens:
+                return index + 1, True
+        self._open[emission.request_id] = request, count + len(emission.tokens)
         return len(emission.tokens), False
 
 

@@ -104,10 +104,9 @@ class DParallelDecoder:
         self._leave([self.live.pop(id) for id in request_ids if id in self.live])
 
     def _row(self, request: Request) -> _Row:
-        self._check(request)
+        self.check(request)
         length, mask = self.plan.block_length, self.mask_token
         canvas = -(-request.max_new_tokens // length) * length
-        self._check_room(request, canvas)
         prompt = request.prompt.tolist()
         tokens = [*prompt, *[mask] * canvas]
         # a prompt's own gaps come first, as many at a time as a block has
@@ -246,7 +245,7 @@ class DParallelDecoder:
         self.stats.target_calls += 1
         self.stats.row_calls += num_rows
 
-    def _check(self, request: Request) -> None:
+    def check(self, request: Request) -> None:
         self.options.check_length(request.max_new_tokens)
         if request.segments:
             raise IncompatibleError(
@@ -265,8 +264,11 @@ class DParallelDecoder:
                     "any order: leave out the setting that adds it; temperature, top_k, top_p and min_p work"
                 )
 
-    def _check_room(self, request: Request, canvas: int) -> None:
+        self._check_room(request)
+
+    def _check_room(self, request: Request) -> None:
         limit, length = self.target.max_positions, self.plan.block_length
+        canvas = -(-request.max_new_tokens // length) * length
         if limit is None or len(request.prompt) + canvas <= limit:
             return
         most = (limit - len(request.prompt)) // length * length

@@ -59,12 +59,17 @@ class RowDecoder:
         self._reading: dict[int, Reading] = {}
         self._ready: list[Emission] = []
 
+    def check(self, request: Request) -> None:
+        """Refuse what this decoder cannot do; called before a request is admitted."""
+
     def admit(self, requests: Sequence[Request]) -> None:
         """Prefill the prompts and draw each row's first token, which the next step() hands out.
 
         Requests with the same prompt behind the same segments share one prefill and one copy of its state.
         """
         start = time.perf_counter()
+        for request in requests:
+            self.check(request)
         groups: dict[tuple[object, ...], list[Request]] = {}
         for request in requests:
             context = tuple(id(segment) for segment in request.segments)
@@ -92,7 +97,7 @@ class RowDecoder:
         reading = Reading(list(requests), self.target.open(first.segments))
         if first.prefix is not None:
             reading.num_read = min(first.prefix.num_tokens, len(first.prompt) - 1)
-            self.target.cache.fill(reading.row, first.prefix, reading.num_read)  # type: ignore[attr-defined]
+            self.target.cache.fill(reading.row, first.prefix.segment, reading.num_read)  # type: ignore[attr-defined]
         self._reading.update({request.id: reading for request in requests})
         return len(first.prompt) - reading.num_read
 

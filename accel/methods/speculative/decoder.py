@@ -83,10 +83,16 @@ class SpeculativeDecoder(RowDecoder):
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
 
-    def admit(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._check(request)
-        super().admit(requests)
+    def check(self, request: Request) -> None:
+        pipeline = request.pipeline
+        if self.options.acceptance == "block" and pipeline is not None and not pipeline.rowwise:
+            raise IncompatibleError(
+                "acceptance='block' looks at all drafted positions, but a custom logits processor may only see kept "
+                "tokens: use acceptance='token' or 'auto'"
+            )
+        custom = pipeline is not None and not pipeline.rowwise
+        if self.options.lenience is not None and not request.do_sample and custom:
+            raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
 
     def on_admitted(self, rows: Sequence[LiveRow]) -> None:
         for live in rows:
@@ -271,17 +277,6 @@ class SpeculativeDecoder(RowDecoder):
         self.stats.add_seconds("draft", drafting)
         self.stats.add_seconds("verify", verifying)
         self.stats.cost_ratio = self.costs.ratio(rows)
-
-    def _check(self, request: Request) -> None:
-        pipeline = request.pipeline
-        if self.options.acceptance == "block" and pipeline is not None and not pipeline.rowwise:
-            raise IncompatibleError(
-                "acceptance='block' looks at all drafted positions, but a custom logits processor may only see kept "
-                "tokens: use acceptance='token' or 'auto'"
-            )
-        custom = pipeline is not None and not pipeline.rowwise
-        if self.options.lenience is not None and not request.do_sample and custom:
-            raise IncompatibleError("lenience with greedy decoding does not work with custom logits processors")
 
 
 def _through_stop(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
