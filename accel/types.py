@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
@@ -129,6 +130,14 @@ class Stats:
         self.row_calls += 1
         self.drafted_tokens += drafted
         self.accepted_tokens += accepted
+
+    def add_drafts(self, other: Stats) -> None:
+        """Add another's counts of rounds and drafts."""
+        for name in ("drafted_by_position", "accepted_by_position"):
+            pairs = zip_longest(getattr(self, name), getattr(other, name), fillvalue=0)
+            setattr(self, name, [a + b for a, b in pairs])
+        for name in ("target_calls", "row_calls", "drafted_tokens", "accepted_tokens"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def discard(self, tokens: int) -> None:
         """Take back accepted tokens that fell behind a row's end (end of sequence, stop string, length)."""

@@ -172,7 +172,7 @@ def test_a_cancelled_job_ends_at_once_and_leaves_nothing(model):
             events = listener.all(timeout=5)
             assert [piece.finish for piece in events if isinstance(piece, Piece)][-1] == "abort"
         assert service.gauges().running == service.gauges().waiting == 0
-        assert not service.target.cache.rows
+        assert not service._batcher.target.cache.rows
         service.cancel(listeners[0].number)
         assert ask(service, PROMPTS[0]).answers()[0][0] == alone(model, PROMPTS[0])
 
@@ -290,6 +290,18 @@ def test_methods_side_by_side(model):
         gauges = service.gauges()
         assert gauges.generated_tokens == sum(map(len, expected))
         assert gauges.drafted_tokens >= gauges.accepted_tokens
+
+
+def test_no_count_is_lost_with_a_decoder_that_is_given_up(model):
+    with serving(model, "speculative") as service:
+        last = 0
+        for length in range(1, 12):
+            ask(service, [12, 13] * 20, options={"draft_length": length}).all()
+            now = service.gauges().drafted_tokens
+            assert now >= last
+            last = now
+        assert len(service._batcher.lanes) == 8
+        assert last > 0
 
 
 def test_embeddings_are_last_hidden_states(model):
