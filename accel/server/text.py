@@ -80,7 +80,7 @@ class TextStream:
         new = self._detokenizer.feed(tokens)
         if not self._stops or not new:
             return new
-        if self._num_tokens < self._min_tokens:
+        if self._num_tokens <= self._min_tokens:
             return new
         return self._scan(new, last=False)
 
