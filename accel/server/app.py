@@ -22,7 +22,7 @@ from accel.server.answers import Answer, ChatAnswer, CompletionAnswer
 from accel.server.embeddings import embeddings
 from accel.server.errors import ApiError, api_error
 from accel.server.exchange import EventStream, Gone, parsed, read_body, unless_gone
-from accel.server.generation import Generation, reserve
+from accel.server.generation import Generation, check_alive, reserve
 from accel.server.guard import Guard
 from accel.server.preparing import Prepared, Preparer
 from accel.server.schema import described, document
@@ -166,8 +166,7 @@ class Server:
 
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
-        if self.service.failure is not None:
-            raise ApiError("the engine has died: the server must be started again", status=503)
+        check_alive(self.service)
         return JSONResponse({"status": "ok"})
 
     async def version(self, request: Request) -> Response:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accel.engine.service import Service
 from accel.server.errors import ApiError
+from accel.server.generation import check_alive, reserve
 from accel.server.preparing import Preparer
 from accel.server.protocol import EmbeddingRequest
 from accel.server.settings import ServerSettings
@@ -27,8 +28,13 @@ async def embeddings(
     if count > settings.max_prompts:
         raise ApiError(f"{count} inputs: at most {settings.max_prompts} are allowed here", param="input")
     special = request.add_special_tokens is not False
-    prompts = await asyncio.to_thread(preparer.prompts.read, request.input, [], special=special, param="input")
-    vectors = await _embedded(service, prompts)
+    # its inputs are read one after the other, so that it takes the room of one
+    (ticket,) = reserve(service, [1])
+    try:
+        prompts = await asyncio.to_thread(preparer.prompts.read, request.input, [], special=special, param="input")
+        vectors = await _embedded(service, prompts)
+    finally:
+        ticket.release()
     tokens = sum(map(len, prompts))
     data = [
         {"object": "embedding", "index": index, "embedding": _shown(vector, request.encoding_format)}
@@ -58,7 +64,10 @@ async def _embedded(service: Service, prompts: Sequence[Sequence[int]]) -> list[
             pass
 
     service.embed(prompts, on_event)
-    return await result
+    while not result.done():
+        await asyncio.wait({result}, timeout=1.0)
+        check_alive(service)
+    return result.result()
 
 
 def _shown(vector: Sequence[float], encoding: str | None) -> list[float] | str:

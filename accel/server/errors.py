@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse
 
-from accel.engine.service import ClosedError, QueueFullError
+from accel.engine.jobs import ClosedError, QueueFullError
 from accel.errors import ArtifactError, IncompatibleError, OptionError, first_line
 
 log = logging.getLogger("accel.server")

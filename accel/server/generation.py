@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from accel.engine.service import Done, Event, Failed, Job, Piece, Service, Ticket, TokenLogprobs
+from accel.engine.jobs import ClosedError, Done, Event, Failed, Job, Piece, TokenLogprobs
+from accel.engine.service import Service, Ticket
 from accel.server.errors import ApiError
 from accel.server.text import Decode, TextStream
 
@@ -177,7 +179,9 @@ class Generation:
     def close(self) -> None:
         """Give back everything: jobs that still run are cancelled, room that was not used is free again."""
         for position, number in list(self._open.items()):
-            self._service.cancel(number)
+            # of an engine that has died nothing runs
+            with suppress(ClosedError):
+                self._service.cancel(number)
             self._forget(position, "abort")
         for ticket in self._tickets:
             ticket.release()
@@ -262,10 +266,15 @@ class Listener:
             pass
 
 
-def reserve(service: Service, counts: Sequence[int]) -> list[Ticket]:
-    """Room for jobs of so many continuations each: all of them, or an error and none."""
+def check_alive(service: Service) -> None:
+    """Refuse what a dead engine would never answer."""
     if service.failure is not None:
         raise ApiError("the engine has died: the server must be started again", status=503)
+
+
+def reserve(service: Service, counts: Sequence[int]) -> list[Ticket]:
+    """Room for jobs of so many continuations each: all of them, or an error and none."""
+    check_alive(service)
     tickets: list[Ticket] = []
     try:
         for count in counts:

@@ -10,7 +10,7 @@ from typing import Any
 
 import accel
 from accel import methods
-from accel.engine.service import Job
+from accel.engine.jobs import Job
 from accel.errors import OptionError, unknown_name
 from accel.server.choices import Vocabulary
 from accel.server.errors import ApiError, api_error
@@ -125,12 +125,15 @@ class Preparer:
         limits = [each for each in (request.timeout, self._settings.request_timeout) if each is not None]
         jobs = []
         for prompt in prompts:
+            # what reads the prompt only still needs a token to be asked for
+            new = max(1, self.prompts.room(len(prompt), asked, default, param))
+            if (request.min_tokens or 0) > new:
+                raise ApiError(f"min_tokens={request.min_tokens}: at most {new} tokens are generated", param="min_tokens")
             do_sample, pipeline = sampling_for(self._fields(request, stop_tokens), prompt=prompt, grammar=grammar)
             jobs.append(
                 Job(
                     prompt=prompt,
-                    # what reads the prompt only still needs a token to be asked for
-                    max_new_tokens=max(1, self.prompts.room(len(prompt), asked, default, param)),
+                    max_new_tokens=new,
                     n=request.n or 1,
                     do_sample=do_sample,
                     seed=request.seed,

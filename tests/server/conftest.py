@@ -14,7 +14,7 @@ from scripted_service import Script, ScriptedService
 from starlette.testclient import TestClient
 
 import accel
-from accel.engine.service import Job
+from accel.engine.jobs import Job
 from accel.server.app import create_app
 from accel.server.settings import ServerSettings
 

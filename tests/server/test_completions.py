@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from accel.engine.service import Job
+from accel.engine.jobs import Job
 
 TEXT = "Hello wörld 🎉, and so on."
 

@@ -53,6 +53,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str | None]] = [
     ("completions", {"prompt": "x", "best_of": 2}, "best_of"),
     ("completions", {"prompt": "x", "suffix": "y"}, "suffix"),
     ("completions", {"prompt": "x", "guided_regex": "a", "guided_json": {}}, "structured_outputs"),
+    ("completions", {"prompt": "x", "min_tokens": 17}, "min_tokens"),
     ("completions", {"prompt": "x", "timeout": 0}, "timeout"),
     ("completions", {"prompt": "x", "accel": {"method": "magic"}}, "accel.method"),
     ("completions", {"prompt": "x", "accel": {"method": "cascade"}}, "accel.method"),
@@ -115,8 +116,13 @@ def test_each_bad_field_is_named(serve: Any, path: str, fields: dict[str, Any], 
     assert served.service.wait_idle()
 
 
-def test_an_embedding_needs_no_room(serve: Any) -> None:
-    assert serve(max_queue=0).post("/v1/embeddings", {"input": "x"}).status_code == 200
+def test_an_embedding_waits_for_room_like_others(serve: Any) -> None:
+    served = serve(max_queue=1)
+    inputs = {"input": ["x", "y"]}
+    assert served.post("/v1/embeddings", inputs).status_code == 200
+    assert served.service.wait_idle()
+    served.service.max_queue = 0
+    refused(served.post("/v1/embeddings", inputs), 429)
 
 
 BODIES = [b"", b"nonsense", b"[1]", b"3", b"null", b'"text"', b"\xff\xfe", b"[" * 100_000, b'{"prompt": "\\ud800"}']

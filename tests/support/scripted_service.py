@@ -7,19 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from accel.engine.service import (
-    ClosedError,
-    Done,
-    Event,
-    Failed,
-    Gauges,
-    Job,
-    Piece,
-    QueueFullError,
-    Service,
-    Ticket,
-    TokenLogprobs,
-)
+from accel.engine.jobs import ClosedError, Done, Event, Failed, Gauges, Job, Piece, QueueFullError, TokenLogprobs
+from accel.engine.service import Service, Ticket
 from accel.types import Stats
 
 # the tokens of continuation ``index`` of a job; or what goes wrong with the job
@@ -52,7 +41,7 @@ class Running:
 class ScriptedService(Service):
     """``chunk`` tokens of every continuation a step, ``pace`` seconds between steps.
 
-    ``fail_after``: steps of a job after which it fails with ``error``. ``deaf``: jobs are taken and nothing follows.
+    ``fail_after``: steps of a job after which it fails with ``error``.
     """
 
     def __init__(
@@ -115,10 +104,10 @@ class ScriptedService(Service):
                 self._running[number].cancelled = True
                 self._changed.notify_all()
 
-    def embed(self, prompts: Sequence[Sequence[int]], on_event: Callable[[Any], None]) -> None:
+    def embed(self, prompts: Sequence[Sequence[int]], on_done: Callable[[Any], None]) -> None:
         self.embedded += map(list, prompts)
         vectors = [[0.6, 0.8 * (-1) ** len(prompt)] for prompt in prompts]
-        threading.Thread(target=on_event, args=(vectors,), daemon=True).start()
+        threading.Thread(target=on_done, args=(vectors,), daemon=True).start()
 
     def gauges(self) -> Gauges:
         return Gauges(running=len(self._running))
