@@ -32,6 +32,19 @@ IGNORE_IDS = tuple(getattr(hf, name) for name in _IGNORE_IDS if hasattr(hf, name
 ROWWISE = tuple(getattr(hf, name) for name in _ROWWISE if hasattr(hf, name))
 
 
+class RowwiseProcessor(hf.LogitsProcessor):
+    """A processor whose result for a row depends on that row's ids and scores, and on nothing an earlier call left.
+
+    Subclassing is a promise that rows need not stay in step; ``ignores_ids`` is the further one of the first list.
+    """
+
+    ignores_ids = False
+
+
+def _ignores_ids(processor: hf.LogitsProcessor) -> bool:
+    return type(processor) in IGNORE_IDS or (isinstance(processor, RowwiseProcessor) and processor.ignores_ids)
+
+
 class LogitsPipeline:
     """A list of logits processors and what may be assumed of it.
 
@@ -41,10 +54,10 @@ class LogitsPipeline:
 
     def __init__(self, processors: Sequence[hf.LogitsProcessor] = ()) -> None:
         self.processors = list(processors)
-        self.ignores_ids = all(type(p) in IGNORE_IDS for p in self.processors)
+        self.ignores_ids = all(map(_ignores_ids, self.processors))
         # warp() means particular tokens by their ids
         self.names_tokens = any(isinstance(p, hf.SuppressTokensLogitsProcessor) for p in self.processors)
-        self.rowwise = all(type(p) in IGNORE_IDS + ROWWISE for p in self.processors)
+        self.rowwise = all(type(p) in IGNORE_IDS + ROWWISE or isinstance(p, RowwiseProcessor) for p in self.processors)
 
     def __bool__(self) -> bool:
         return bool(self.processors)
@@ -64,7 +77,7 @@ class LogitsPipeline:
         scores = logits.to(torch.float32, copy=True)
         no_ids = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
         for processor in self.processors:
-            if type(processor) in IGNORE_IDS:
+            if _ignores_ids(processor):
                 scores = processor(no_ids, scores)
         return scores
 
