@@ -9,7 +9,6 @@ import faulthandler
 import ipaddress
 import json
 import os
-import signal
 import socket
 import sys
 import threading
@@ -175,7 +174,7 @@ class _Server(uvicorn.Server):
         self._front.closing = True
         # the process ends in any case: this thread needs nothing of Python, and says where the others were
         left = (self._timeout if self._signals == 1 else 0.0) + FLUSH_SECONDS + STUCK_SECONDS
-        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__)
+        faulthandler.dump_traceback_later(left, exit=True, file=sys.__stderr__ or sys.stderr)
 
     async def on_tick(self, counter: int) -> bool:
         """Called every tenth of a second on the loop."""

@@ -1,4 +1,4 @@
-"""What a scrape shows: vLLM's names and labels, the engine's own sums, and nothing that a parser of vLLM's trips over."""
+"""What a scrape shows: vLLM's names and labels, the engine's own sums, nothing that vLLM's own parser trips over."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def test_requests_are_counted_by_their_end() -> None:
     assert scraped(metrics)["vllm:request_success_total/length"] == 0
     timed = {"ttft": 0.2, "inter_token": [0.05, 0.03, 0.02], "e2e": 0.8, "queue": 0.1}
     metrics.observe(prompt_tokens=12, generated_tokens=4, finish="length", **timed)
-    metrics.observe(
-        prompt_tokens=5, generated_tokens=0, finish="abort", ttft=None, inter_token=[], e2e=0.5, queue=None
-    )
+    metrics.observe(prompt_tokens=5, generated_tokens=0, finish="abort", ttft=None, inter_token=[], e2e=0.5, queue=None)
     metrics.observe(prompt_tokens=5, generated_tokens=1, finish="tool_calls", **timed | {"inter_token": []})
     found = scraped(metrics)
     ends = {end: found[f"vllm:request_success_total/{end}"] for end in ("stop", "length", "abort", "error")}

@@ -35,7 +35,10 @@ def start(root: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     def begin(*arguments: object) -> subprocess.Popen[str]:
         program = root / "tests" / "support" / "fake_service.py"
         process = subprocess.Popen(
-            [sys.executable, str(program), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [sys.executable, str(program), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         started.append(process)
         return process
@@ -162,7 +165,7 @@ def test_a_process_that_hangs_is_ended(start: Callable[..., subprocess.Popen[str
         httpx2.get(url + "/block", timeout=0.5)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 1 and "fake_service.py\"" in err and " in app" in err
+    assert process.returncode == 1 and 'fake_service.py"' in err and " in app" in err
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
