@@ -19,9 +19,11 @@ from accel.cli.common import (
     parse_bytes,
     use_threads,
 )
-from accel.errors import AccelError, OptionError
+from accel.errors import AccelError, ArtifactError, OptionError, first_line
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from accel.server.run import Loaded
 
 # what the extra `serve` brings: the module and the package's name
@@ -60,7 +62,7 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
     multiple=True,
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="FOLDER",
-    help="Where requests may name artifacts from; repeatable. [default: none, requests may name those given with -a]",
+    help="Cartridges in FOLDER may be named by requests, as those given with -a may; repeatable.",
 )
 @click.option("--max-rows", type=click.IntRange(min=1), default=16, show_default=True, help="Continuations at a time.")
 @click.option(
@@ -188,6 +190,7 @@ def _load(
 
     told = options if log is None else {**options, "log": log}
     loaded = accel.load(model, artifact, device=device, dtype=dtype, method=method, **told)
+    offer(loaded.model, artifact_roots)
     service = engine.serve(
         loaded, max_rows=max_rows, max_queue=max_queue, prefill_chunk=prefill_chunk, prefix_cache_bytes=prefix_cache
     )
@@ -201,6 +204,23 @@ def _load(
         cors_origins=cors_origins,
     )
     return Loaded(create_app(service, loaded, settings, Metrics(name, service)), service)
+
+
+def offer(model: PreTrainedModel, roots: Iterable[Path]) -> None:
+    """Put the cartridges of some folders into the model's store, from which requests name them."""
+    import accel
+    from accel.artifacts import list_artifacts, read_manifest
+
+    for root in roots:
+        cartridges = [each for each in list_artifacts([root]) if read_manifest(each.path).kind == "cartridge"]
+        if not cartridges:
+            raise OptionError(f"--artifact-root {root}: holds no cartridge; name a folder of artifacts that has some")
+        for found in cartridges:
+            try:
+                accel.cartridges(model).add(found.path)
+            except ArtifactError as error:
+                # a folder may serve several models
+                click.echo(f"Warning: cartridge {found.id} is not offered: {first_line(error)}", err=True)
 
 
 def check_installed(needed: dict[str, str]) -> None:

@@ -73,18 +73,18 @@ class Metrics:
         """A finished request, times in seconds. ``inter_token``: between outputs, each of one token or several."""
         # "tool_calls" and the like are what a stop is called in an answer
         self._finished.labels(*self._labels, finish if finish in FINISHES else "stop").inc()
-        self._read.labels(*self._labels).observe(prompt_tokens)
-        self._written.labels(*self._labels).observe(generated_tokens)
-        self._e2e.labels(*self._labels).observe(e2e)
+        self._read.observe(prompt_tokens)
+        self._written.observe(generated_tokens)
+        self._e2e.observe(e2e)
         if queue is not None:
-            self._queue.labels(*self._labels).observe(queue)
+            self._queue.observe(queue)
         if ttft is None:
             return
-        self._ttft.labels(*self._labels).observe(ttft)
+        self._ttft.observe(ttft)
         for gap in inter_token:
-            self._gaps.labels(*self._labels).observe(gap)
+            self._gaps.observe(gap)
         if generated_tokens > 1:
-            self._tpot.labels(*self._labels).observe((e2e - ttft) / (generated_tokens - 1))
+            self._tpot.observe((e2e - ttft) / (generated_tokens - 1))
 
     def observe_cascade(self, *, decision: str, cost: float | None, saved: float | None) -> None:
         """An answer of a cascade, in dollars; None where a price is not known, and ``saved`` may be negative."""
@@ -101,9 +101,7 @@ class Metrics:
         return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float]) -> Histogram:
-        made = Histogram(name, text, LABELS, registry=self._registry, buckets=buckets)
-        made.labels(*self._labels)
-        return made
+        return Histogram(name, text, LABELS, registry=self._registry, buckets=buckets).labels(*self._labels)
 
     def _counter(self, name: str, text: str, label: str | None = None, values: Sequence[str] = ()) -> Counter:
         made = Counter(name, text, LABELS if label is None else (*LABELS, label), registry=self._registry)

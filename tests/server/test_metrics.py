@@ -82,7 +82,7 @@ def test_acceptance_is_what_vllms_benchmark_reads() -> None:
 def test_requests_are_counted_by_their_end() -> None:
     metrics = Metrics("tiny", FakeService(Gauges()))
     assert scraped(metrics)["vllm:request_success_total/length"] == 0
-    timed = {"ttft": 0.2, "inter_token": [0.05, 0.03, 0.02], "e2e": 0.8, "queue": 0.1}
+    timed = {"ttft": 0.2, "inter_token": [0.05, 0.03, 0.02], "e2e": 1.1, "queue": 0.1}
     metrics.observe(prompt_tokens=12, generated_tokens=4, finish="length", **timed)
     metrics.observe(prompt_tokens=5, generated_tokens=0, finish="abort", ttft=None, inter_token=[], e2e=0.5, queue=None)
     metrics.observe(prompt_tokens=5, generated_tokens=1, finish="tool_calls", **timed | {"inter_token": []})
@@ -92,9 +92,9 @@ def test_requests_are_counted_by_their_end() -> None:
     counts = {
         "vllm:time_to_first_token_seconds": (2, 0.4),
         "vllm:inter_token_latency_seconds": (3, 0.1),
-        # (0.8 - 0.2) over the three tokens after the first
-        "vllm:request_time_per_output_token_seconds": (1, 0.2),
-        "vllm:e2e_request_latency_seconds": (3, 2.1),
+        # (1.1 - 0.2) over the three tokens after the first
+        "vllm:request_time_per_output_token_seconds": (1, 0.3),
+        "vllm:e2e_request_latency_seconds": (3, 2.7),
         "vllm:request_queue_time_seconds": (2, 0.2),
         "vllm:request_prompt_tokens": (3, 22),
         "vllm:request_generation_tokens": (3, 5),
