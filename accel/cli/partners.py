@@ -138,7 +138,7 @@ class Remote:
                     raise ModelError(f"{self._client.base_url}: {_reason(response.status_code, response.content)}")
                 for line in response.iter_lines():
                     chunk = self._chunk(line)
-                    usage, stats = chunk.get("usage") or usage, (chunk.get("accel") or {}).get("stats") or stats
+                    usage, stats = chunk.get("usage") or usage, chunk.get("accel") or stats
                     for choice in chunk.get("choices") or ():
                         if text := (choice.get("delta") or {}).get("content"):
                             yield text

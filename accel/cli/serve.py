@@ -68,7 +68,7 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
 @click.option(
     "--max-queue",
     type=click.IntRange(min=0),
-    default=128,
+    default=64,
     show_default=True,
     help="Continuations that may wait; the next request is told to come again later (429).",
 )
@@ -81,13 +81,13 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
 )
 @click.option(
     "--prefix-cache",
-    default="256MB",
+    default="512MB",
     show_default=True,
     metavar="SIZE",
     help="Memory for the contexts of earlier requests; 0 keeps none.",
 )
-@click.option("--max-body", default="1MB", show_default=True, metavar="SIZE", help="Longest body of a request.")
-@click.option("--max-n", type=click.IntRange(min=1), default=16, show_default=True, help="Most answers to a request.")
+@click.option("--max-body", default="4MB", show_default=True, metavar="SIZE", help="Longest body of a request.")
+@click.option("--max-n", type=click.IntRange(min=1), default=64, show_default=True, help="Most answers to a request.")
 @click.option("--max-logprobs", type=click.IntRange(min=0), default=20, show_default=True, help="Most top_logprobs.")
 @click.option(
     "--request-timeout",
@@ -192,10 +192,11 @@ def _load(
     loaded = accel.load(model, artifact, device=device, dtype=dtype, method=method, **told)
     offer(loaded.model, artifact_roots)
     service = engine.serve(
-        loaded, max_rows=max_rows, max_queue=max_queue, prefill_chunk=prefill_chunk, prefix_cache_bytes=prefix_cache
+        loaded, max_rows=max_rows, max_queue=max_queue, piece=prefill_chunk, prefix_bytes=prefix_cache
     )
     settings = ServerSettings(
         model_name=name,
+        model_root=_short_name(model),
         api_keys=keys,
         max_body_bytes=max_body,
         max_n=max_n,

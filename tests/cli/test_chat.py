@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
 import threading
@@ -73,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
         if said == "break":
             self.event({"error": {"message": "the engine died", "code": 500}})
             return
-        figures = {"accel": {"stats": STATS}} if body.get("accel", {}).get("stats") else {}
+        figures = {"accel": STATS} if body.get("accel", {}).get("stats") else {}
         self.event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}, **figures})
         self.wfile.write(b"data: [DONE]\n\n")
 
@@ -191,8 +192,9 @@ def test_on_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends(talker: Talker) ->
     def until(text: str) -> None:
         deadline = time.monotonic() + 20
         while text.encode() not in shown and time.monotonic() < deadline:
+            readable, _, _ = select.select([ours], [], [], 0.5)
             try:
-                shown.extend(os.read(ours, 4096))
+                shown.extend(os.read(ours, 4096) if readable else b"")
             except OSError:  # the other side is closed
                 break
         assert text.encode() in shown, shown.decode()

@@ -49,7 +49,7 @@ def test_the_defaults_are_safe_and_one_line_says_it_is_ready(told: dict[str, Any
     assert len(result.stderr.splitlines()) == 1
     assert (told["host"], told["port"], told["shutdown_timeout"]) == ("127.0.0.1", 8000, 30)
     assert told["keys"] == frozenset() and told["cors_origins"] == () and told["artifact_roots"] == ()
-    assert (told["prefix_cache"], told["max_body"]) == (256_000_000, 1_000_000)
+    assert (told["prefix_cache"], told["max_body"]) == (512_000_000, 4_000_000)
 
 
 def test_options_reach_their_places(told: dict[str, Any], tmp_path: Path) -> None:
