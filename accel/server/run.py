@@ -5,6 +5,7 @@ Knows sockets, signals and uvicorn. Does not know what the routes are, or what t
 
 from __future__ import annotations
 
+import asyncio
 import faulthandler
 import ipaddress
 import json
@@ -57,12 +58,19 @@ class Front:
         if scope["type"] != "http":
             # a WebSocket: refused before it is one
             await send({"type": "websocket.close", "code": 1000})
+        elif _head_bytes(scope) > MAX_HEAD_BYTES:
+            await _refuse(send, 431, f"the path and the headers have more than {MAX_HEAD_BYTES} bytes")
         elif self.closing and scope["path"] != "/metrics":
-            await _refuse(send, CLOSING)
+            await _refuse(send, 503, CLOSING)
         elif self.app is None:
-            await _refuse(send, LOADING)
+            await _refuse(send, 503, LOADING)
         else:
-            await self.app(scope, receive, send)
+            try:
+                await self.app(scope, receive, send)
+            except asyncio.CancelledError:
+                # of a client that does not read, when the server ends: not worth a traceback
+                if not self.closing:
+                    raise
 
 
 def run(
@@ -197,16 +205,23 @@ class _Server(uvicorn.Server):
         return closer
 
 
-async def _refuse(send: Send, message: str) -> None:
-    """OpenAI's error shape. Clients come again after a second, to whoever is behind this address then."""
-    error = {"message": message, "type": "service_unavailable", "param": None, "code": 503}
-    body = json.dumps({"error": error}).encode()
+def _head_bytes(scope: Scope) -> int:
+    # the parser's own bound is on heads that came in parts: one that is there at once it takes
+    parts = [scope["raw_path"], scope["query_string"], *(part for header in scope["headers"] for part in header)]
+    return sum(map(len, parts))
+
+
+async def _refuse(send: Send, status: int, message: str) -> None:
+    """OpenAI's error shape. Clients that find 503 come again after a second, to whoever is at this address then."""
+    kind = "service_unavailable" if status == 503 else "invalid_request_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}}).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),
-        (b"retry-after", b"1"),
         # the body of the request is not read, and the next request should find a socket that is being closed
         (b"connection", b"close"),
     ]
-    await send({"type": "http.response.start", "status": 503, "headers": headers})
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

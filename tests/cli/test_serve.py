@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from byte_models import byte_llama
 from click.testing import CliRunner, Result
 
 import accel.cli.serve
 import accel.server.run
 from accel.cli.main import main
-from accel.cli.serve import read_keys
+from accel.cli.serve import offer, read_keys
 from accel.errors import OptionError
+from accel.methods.cartridge import document
+from accel.methods.cartridge.cartridge import Cartridge
 
 
 def serve(*arguments: str | Path, **variables: str) -> Result:
@@ -89,6 +92,22 @@ def test_keys_that_would_keep_nobody_out_are_refused(tmp_path: Path) -> None:
             read_keys([key], None)
         # a key has no business in a log
         assert not key or key not in str(caught.value)
+
+
+def test_cartridges_of_a_root_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = list(range(3, 33))
+    parameters = {"method": "whole", "exact": True, "documents": (document.describe(str(ids), len(ids)),)}
+    models = {"mine": byte_llama(max_position_embeddings=512), "other": byte_llama(max_position_embeddings=256)}
+    for name, model in models.items():
+        Cartridge.of(name, document.read(model, ids), model, **parameters).save(tmp_path / "roots" / name)
+    accel.attach(models["mine"])
+    offer(models["mine"], [tmp_path / "roots"])
+    assert accel.cartridges(models["mine"]).names() == ["mine"]
+    warned = capsys.readouterr().err
+    assert warned.startswith("Warning: cartridge other is not offered: ") and len(warned.splitlines()) == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(OptionError, match="holds no cartridge"):
+        offer(models["mine"], [tmp_path / "empty"])
 
 
 def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:

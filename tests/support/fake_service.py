@@ -1,7 +1,7 @@
 """A service without a model, and as a program a server of it: `python fake_service.py PORT SHUTDOWN_TIMEOUT LOADING`.
 
 Imports no torch, so that a test of signals does not wait for it. ``GET /slow`` answers a letter each twentieth of a
-second until it has sent 400, or what became of it: "stop" or "abort".
+second, then what became of it: "stop" or "abort". ``/flood`` sends more than a client takes that does not read.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ def app_of(service: FakeService) -> Any:
                 await asyncio.sleep(0.05)
             service.running -= 1
             await say("stop" if service.finished.is_set() else "abort")
+        while scope["path"] == "/flood" and not service.aborted.is_set():
+            await say("x" * 2**20)
         await say("", more=False)
 
     return app
