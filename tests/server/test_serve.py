@@ -126,7 +126,7 @@ def test_from_503_to_an_answer_that_generate_gives_too(start: Start, folder: Pat
     assert answer["choices"][0]["message"]["content"] == accel.load(str(folder)).chat("hi", max_new_tokens=12)
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 2
     assert_the_last_request_finishes(server, "a-key-of-ours")
-    assert server.ended(5) == (0, "")
+    assert server.ended(15) == (0, "")
 
 
 def assert_the_last_request_finishes(server: Server, key: str) -> None:
@@ -173,7 +173,7 @@ def test_requests_under_way_are_aborted_when_their_time_is_over(start: Start, fo
     assert late == [503]
     # it never had a row
     assert queued[0]["choices"][0]["finish_reason"] == "abort"
-    assert server.ended(5) == (0, "")
+    assert server.ended(15) == (0, "")
 
 
 def test_a_row_is_freed_by_hanging_up_and_a_second_signal_does_not_wait(start: Start, folder: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_row_is_freed_by_hanging_up_and_a_second_signal_does_not_wait(start: S
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGTERM)
         assert ends(chunks) == ["abort"]
-    assert server.ended(5) == (0, "")
+    assert server.ended(15) == (0, "")
 
 
 def test_a_model_that_is_not_there_is_one_line(start: Start, tmp_path: Path) -> None:
