@@ -17,6 +17,8 @@ from accel.errors import AccelError
 # name → (module:attribute, one line of help)
 COMMANDS = {
     "generate": ("accel.cli.generate:generate", "Generate text with a model and its artifacts."),
+    "chat": ("accel.cli.chat:chat", "Talk to a model in the terminal."),
+    "serve": ("accel.cli.serve:serve", "Serve a model over HTTP, as OpenAI's API."),
     "bench": ("accel.cli.bench:bench", "Measure plain and accelerated decoding side by side."),
     "distill": ("accel.cli.distill:distill", "Make artifacts for a model from prompts."),
     "artifact": ("accel.cli.artifact:artifact", "List, inspect, verify and convert artifacts."),
