@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 from click.core import ParameterSource
 
+from accel.cli.bench_serve import serve
 from accel.cli.common import (
     DEFAULT_CARTRIDGE,
     DEFAULT_DRAFT,
@@ -57,7 +58,36 @@ USES = {
 }
 
 
-@click.command("bench")
+class BenchGroup(click.Group):
+    """A command that measures by itself, and has subcommands too: their names come first, before any option."""
+
+    # as of a command: a group would end its options at the first argument
+    allow_extra_args = False
+    allow_interspersed_args = True
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        if args and args[0] in self.commands:
+            own = self.context_class(self, info_name=info_name, parent=parent, **extra)
+            return self.commands[args[0]].make_context(args[0], args[1:], parent=own)
+        return super().make_context(info_name, args, parent, **extra)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return click.Command.parse_args(self, ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return click.Command.invoke(self, ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return click.Command.collect_usage_pieces(self, ctx)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        # asked for a subcommand's full name too, in which no MODEL stands
+        return super().get_params(ctx) if ctx.command is self else []
+
+
+@click.group("bench", cls=BenchGroup, no_args_is_help=False)
 @click.argument("model", required=False)
 @click.option(
     "-a",
@@ -177,6 +207,8 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
     success and $ on tasks with exact checkers.
     `steps` measures what one target step costs by the number of positions it verifies. `kernels` takes no MODEL: it
     times every kernel family on --device against the machine's own bandwidth and other implementations.
+
+    `accel bench serve` puts load on servers instead, this one's or any other that speaks OpenAI's protocol.
     """
     # a file without a suite holds prompts for the usual arms
     suite = suite or ("spec-bench" if given["prompt_file"] else "default")
@@ -196,6 +228,9 @@ def bench(context: click.Context, model: str | None, suite: str | None, **given:
         _bench_kernels(given["arms"], given["threads"], given["device"], given["as_json"], given["output"])
     else:
         _bench_prompts(model, suite, given)
+
+
+bench.add_command(serve)
 
 
 def _refuse_unused(context: click.Context, suite: str) -> None:

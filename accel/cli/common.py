@@ -134,9 +134,10 @@ def output_option(command: Command) -> Command:
     )(command)
 
 
-def command_line() -> str:
-    """This call, as it may be typed again."""
-    return shlex.join(["accel", *sys.argv[1:]])
+def command_line(secret: str | None = None) -> str:
+    """This call, as it may be typed again; ``secret`` is left out of it, because documents are passed on."""
+    words = ["accel", *sys.argv[1:]]
+    return shlex.join(word.replace(secret, "***") if secret else word for word in words)
 
 
 def use_threads(threads: int | None) -> None:
