@@ -7,7 +7,7 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from accel.engine.service import TokenLogprobs
+from accel.engine.jobs import TokenLogprobs
 
 # what JSON has instead of minus infinity, as in vLLM
 LOWEST = -9999.0

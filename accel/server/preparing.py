@@ -128,7 +128,9 @@ class Preparer:
             # what reads the prompt only still needs a token to be asked for
             new = max(1, self.prompts.room(len(prompt), asked, default, param))
             if (request.min_tokens or 0) > new:
-                raise ApiError(f"min_tokens={request.min_tokens}: at most {new} tokens are generated", param="min_tokens")
+                raise ApiError(
+                    f"min_tokens={request.min_tokens}: at most {new} tokens are generated", param="min_tokens"
+                )
             do_sample, pipeline = sampling_for(self._fields(request, stop_tokens), prompt=prompt, grammar=grammar)
             jobs.append(
                 Job(

@@ -154,7 +154,12 @@ def test_a_charset_is_no_other_type(serve: Any) -> None:
 
 def test_too_much_for_the_context(serve: Any) -> None:
     served = serve()
-    for fields in ({"prompt": "x" * 513}, {"prompt": "x" * 512}, {"prompt": [5] * 600}, {"prompt": "x", "max_tokens": 512}):
+    for fields in (
+        {"prompt": "x" * 513},
+        {"prompt": "x" * 512},
+        {"prompt": [5] * 600},
+        {"prompt": "x", "max_tokens": 512},
+    ):
         message = refused(served.complete(**fields))["message"]
         assert "This model's maximum context length is 512 tokens" in message
     refused(served.chat("x" * 600))

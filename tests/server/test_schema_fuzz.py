@@ -46,7 +46,9 @@ def test_no_request_breaks_the_server(fuzzed: Any, path: str, mode: GenerationMo
         arguments = case.as_transport_kwargs()
         arguments.pop("url", None)
         arguments.pop("method", None)
-        response = client.request("POST", path, **{k: v for k, v in arguments.items() if k in ("json", "content", "headers", "data")})
+        response = client.request(
+            "POST", path, **{k: v for k, v in arguments.items() if k in ("json", "content", "headers", "data")}
+        )
         statuses.append(response.status_code)
         assert response.status_code < 500, response.text
 

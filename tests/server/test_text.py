@@ -49,7 +49,9 @@ def test_bytes_that_never_are_text_are_handed_out_all_the_same() -> None:
     assert "".join(parts) + stream.finish() == DECODE(tokens)
 
 
-@given(text=ANY_TEXT, stops=st.lists(st.text(st.sampled_from("abc é→"), min_size=1, max_size=3), min_size=1, max_size=3))
+@given(
+    text=ANY_TEXT, stops=st.lists(st.text(st.sampled_from("abc é→"), min_size=1, max_size=3), min_size=1, max_size=3)
+)
 def test_text_ends_in_front_of_the_first_stop_string(text: str, stops: list[str]) -> None:
     for include in (False, True):
         stream = TextStream(DECODE, stops, include=include)
