@@ -164,7 +164,9 @@ def test_a_forced_call_is_a_call(client: Any) -> None:
         "max_tokens": 300,
         "seed": 3,
     }
-    choice = client.post("/v1/chat/completions", json=fields).json()["choices"][0]
+    whole = client.post("/v1/chat/completions", json=fields)
+    assert whole.status_code == 200, whole.text
+    choice = whole.json()["choices"][0]
     (call,) = choice["message"]["tool_calls"]
     assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
     assert call["function"]["name"] == "lamp" and json.loads(call["function"]["arguments"]).keys() == {"on", "size"}
