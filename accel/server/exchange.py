@@ -71,7 +71,9 @@ def parsed(model: type[M], body: Any) -> M:
     chosen = max(alike, key=lambda number: len(places[number]))
     place, what = ".".join(places[chosen]), found[chosen]
     given = "" if what["type"] == "missing" else f" (given: {_short(what['input'])})"
-    raise ApiError(f"{place + ': ' if place else ''}{what['msg'][:500]}{given}", param=place or None)
+    raise ApiError(
+        f"{place + ': ' if place else ''}{what['msg'].removeprefix('Value error, ')[:500]}{given}", param=place or None
+    )
 
 
 def _place(where: tuple[int | str, ...], body: Any, missing: bool) -> list[str]:

@@ -81,7 +81,8 @@ class Preparer:
         tools = self._tool_arguments(request)
         grammar = self._grammar(request)
         if tools[0] and grammar is None:
-            grammar = _on_request("tools", lambda: self.tools.grammar(self._grammars, *tools))
+            parallel = request.parallel_tool_calls is not False
+            grammar = _on_request("tools", lambda: self.tools.grammar(self._grammars, *tools, parallel=parallel))
         prompt = self.conversation(request, cartridges_of(request), special=bool(request.add_special_tokens))
         asked = request.max_completion_tokens or request.max_tokens
         _, logprobs = logprobs_asked(request)

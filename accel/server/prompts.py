@@ -126,7 +126,7 @@ class Prompts:
 
     def _checked(self, ids: list[int], param: str) -> list[int]:
         if not ids:
-            raise ApiError(f"the {param} is empty: there is nothing to continue", param=param)
+            raise ApiError(f"{param}: not a single token; there is nothing to continue", param=param)
         if self._limit is not None and len(ids) > self._limit:
             self._too_long(str(len(ids)), param)
         return ids

@@ -19,6 +19,7 @@ MAX_STOPS = 16
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 TokenId = Annotated[int, Field(ge=0, le=MANY)]
+TokenKey = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")]
 Scalar = bool | int | float | str | None
 
 # fields that would change the answer and that are not here: None and these values leave it as it is
@@ -144,7 +145,7 @@ class Generation(Body):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = Field(default=None, max_length=1024)
     stop: Stop | list[Stop] | None = Field(default=None, max_length=256)
     stop_token_ids: list[TokenId] | None = Field(default=None, max_length=256)
     include_stop_str_in_output: bool | None = None
@@ -175,9 +176,6 @@ class Generation(Body):
         if len(self.constraints()) > 1:
             names = ", ".join(name for name, _, _ in self.constraints())
             raise ApiError(f"{names}: give one description of what the text must be", param="structured_outputs")
-        for key in self.logit_bias or ():
-            if not (key.isascii() and key.isdigit() and len(key) < 10):
-                raise ApiError(f"logit_bias has the key {key[:40]!r}: keys are token ids", param="logit_bias")
         return self
 
     @property
@@ -230,22 +228,38 @@ class ToolCall(BaseModel):
     function: FunctionCall
 
 
-class Message(BaseModel):
+class _Message(BaseModel):
     """One message of a conversation; the template decides what it makes of fields beyond these."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+
+
+class TextMessage(_Message):
+    role: Literal["system", "developer", "user"]
+    content: str | list[TextPart]
+
+
+class ToolMessage(_Message):
+    role: Literal["tool"]
+    content: str | list[TextPart]
     tool_call_id: str | None = None
 
+
+class AssistantMessage(_Message):
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+
     @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError(f"a message of role {self.role!r} needs content")
+    def _says_something(self) -> AssistantMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
         return self
+
+
+Message = Annotated[TextMessage | ToolMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class FunctionTool(BaseModel):

@@ -95,11 +95,16 @@ class ToolFormat:
         return ToolParser(names, bare=_is_forced(tool_choice))
 
     def _start(self, most: int) -> str:
-        others = f"{{0,{most - 1}}}"
+        def more(call: str) -> str:
+            # a repetition of at most none is no grammar
+            return f"({call}){{0,{most - 1}}}" if most > 1 else ""
+
         if self.spelling == "each":
-            return f'start: block ("\\n" block){others}\nblock: "{OPEN}\\n" call "\\n{CLOSE}"'
+            others = more('"\\n" block')
+            return f'start: block {others}\nblock: "{OPEN}\\n" call "\\n{CLOSE}"'
         before, after = (f"{OPEN}[", f"]{CLOSE}") if self.spelling == "list" else ("[", "]")
-        return f'start: "{before}" call (", " call){others} "{after}"'
+        others = more('", " call')
+        return f'start: "{before}" call {others} "{after}"'
 
 
 def _template(tokenizer: Any) -> str:

@@ -69,7 +69,7 @@ Serve = Callable[..., Served]
 
 @pytest.fixture
 def serve(byte_model: accel.Model) -> Iterator[Serve]:
-    """``serve("text")``: an app whose model says that and ends; keyword arguments go to the service and the settings."""
+    """``serve("text")``: an app whose model says that and ends; the rest is for the service and the settings."""
     made: list[ScriptedService] = []
 
     def start(said: str | Script = "Hi there", *, metrics: Any = None, **choices: Any) -> Served:
