@@ -158,11 +158,11 @@ class GrammarProcessor(RowwiseProcessor):
     def allowed(self, tokens: list[int]) -> NDArray[np.bool_] | None:
         """Which tokens may follow ``tokens``; None where these themselves do not match."""
         over = next((place for place, token in enumerate(tokens) if token in self._stop_tokens), len(tokens))
-        if not self._go_to(tokens[: over + 1]):
+        if not self._go_to(tokens[:over]):
             return None
         if over < len(tokens):
             # an end that did not end the row: nothing but ends can follow it
-            return self._ends
+            return self._ends if self._matcher.is_accepting() else None
         if self._matcher.is_error():
             return self._gives_up(self._matcher.get_error())
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
