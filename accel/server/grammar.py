@@ -139,10 +139,9 @@ class GrammarProcessor(RowwiseProcessor):
         self._read: list[int] = []
         # one bit a token, as llguidance writes them
         self._words = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
-
-        ends = np.zeros(32 * len(self._words), dtype=bool)
-        ends[list(stop_tokens)] = True
-        self._ends = ends
+        self._end_ids = sorted(stop_tokens)
+        self._ends = np.zeros(32 * len(self._words), dtype=np.bool_)
+        self._ends[self._end_ids] = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         shown = input_ids[:, self._prompt_length :].tolist()
@@ -159,17 +158,19 @@ class GrammarProcessor(RowwiseProcessor):
     def allowed(self, tokens: list[int]) -> NDArray[np.bool_] | None:
         """Which tokens may follow ``tokens``; None where these themselves do not match."""
         over = next((place for place, token in enumerate(tokens) if token in self._stop_tokens), len(tokens))
-        if not self._go_to(tokens[: over + 1]):
+        if not self._go_to(tokens[:over]):
             return None
         if over < len(tokens):
             # an end that did not end the row: nothing but ends can follow it
-            return self._ends
+            return self._ends if self._matcher.is_accepting() else None
         if self._matcher.is_error():
             return self._gives_up(self._matcher.get_error())
         self._matcher.unsafe_compute_mask_ptr(self._words.ctypes.data, self._words.nbytes)
-        if not self._words.any():
-            return self._gives_up("the vocabulary has no token that it allows here")
-        return np.unpackbits(self._words.view(np.uint8), bitorder="little").view(np.bool_)
+        allowed = np.unpackbits(self._words.view(np.uint8), bitorder="little").view(np.bool_)
+        if not self._matcher.is_accepting():
+            # a stop token may be text as well, and would end the answer too early
+            allowed[self._end_ids] = False
+        return allowed if allowed.any() else self._gives_up("the vocabulary has no token that it allows here")
 
     def _go_to(self, tokens: list[int]) -> bool:
         """Leave the parser behind ``tokens``, or as far as they match; whether they do."""

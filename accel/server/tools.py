@@ -95,16 +95,15 @@ class ToolFormat:
         return ToolParser(names, bare=_is_forced(tool_choice))
 
     def _start(self, most: int) -> str:
-        def more(call: str) -> str:
-            # a repetition of at most none is no grammar
-            return f"({call}){{0,{most - 1}}}" if most > 1 else ""
-
+        """The rule for so many calls at most."""
         if self.spelling == "each":
-            others = more('"\\n" block')
-            return f'start: block {others}\nblock: "{OPEN}\\n" call "\\n{CLOSE}"'
-        before, after = (f"{OPEN}[", f"]{CLOSE}") if self.spelling == "list" else ("[", "]")
-        others = more('", " call')
-        return f'start: "{before}" call {others} "{after}"'
+            before, between, after = "", "\\n", ""
+        else:
+            before, between, after = (f"{OPEN}[", ", ", f"]{CLOSE}") if self.spelling == "list" else ("[", ", ", "]")
+        # llguidance refuses a repetition of at most none
+        others = f'("{between}" item){{0,{most - 1}}}' if most > 1 else ""
+        item = f'"{OPEN}\\n" call "\\n{CLOSE}"' if self.spelling == "each" else "call"
+        return f'start: "{before}" item {others} "{after}"\nitem: {item}'
 
 
 def _template(tokenizer: Any) -> str:
