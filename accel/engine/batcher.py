@@ -72,7 +72,10 @@ class Work:
     method: MethodInfo
     options: Any
     deadline: float | None
+    # when it came, was given its first row, and was over
     since: float = field(default_factory=time.monotonic)
+    opened: float | None = None
+    ended: float = 0.0
     # continuations that are not admitted yet, and those that have not ended
     waiting: deque[int] = field(default_factory=deque)
     unfinished: set[int] = field(default_factory=set)
@@ -243,6 +246,7 @@ class Batcher:
         if job.prompt_logprobs is None and not getattr(self.target, "taps", None):
             prefix = self.prefixes.find(self._realm(work), job.prompt)
         if first_time:
+            work.opened = time.monotonic()
             work.stats.method, work.stats.lossless = lane.stats.method, lane.stats.lossless
             work.stats.prompt_tokens = len(job.prompt)
             work.cached_tokens = 0 if prefix is None else prefix.num_tokens
@@ -338,7 +342,13 @@ class Batcher:
         work.unfinished.discard(row.index)
         if not work.unfinished and work.number in self.works:
             self._forget(work)
-            self._say(work, Done(work.cached_tokens, work.stats))
+            self._say(work, self._done(work))
+
+    def _done(self, work: Work) -> Done:
+        # passes are shared with other jobs' rows: counted here once for each of this job's
+        work.stats.target_calls = work.stats.row_calls
+        work.stats.seconds = {"queue": (work.opened or work.ended) - work.since, "total": work.ended - work.since}
+        return Done(work.cached_tokens, work.stats)
 
     def abort(self, number: int) -> None:
         work = self.works.get(number)
@@ -349,7 +359,7 @@ class Batcher:
         self._forget(work)
         for index in unfinished:
             self._say(work, Piece(index, [], finish="abort"))
-        self._say(work, Done(work.cached_tokens, work.stats))
+        self._say(work, self._done(work))
 
     def abort_all(self) -> None:
         for number in list(self.works):
@@ -378,6 +388,7 @@ class Batcher:
 
     def _forget(self, work: Work) -> None:
         work.held.close()
+        work.ended = time.monotonic()
         if self.works.pop(work.number, None) is not None:
             self._on_gone(work)
 

@@ -209,7 +209,7 @@ class Service:
     def _gone(self, work: Work) -> None:
         with self._wake:
             self._taken -= work.job.n
-        self._seconds_per_job += 0.1 * (time.monotonic() - work.since - self._seconds_per_job)
+        self._seconds_per_job += 0.1 * (work.ended - work.since - self._seconds_per_job)
 
     def _run(self) -> None:
         try:
