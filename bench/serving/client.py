@@ -19,6 +19,8 @@ ENDPOINTS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 # a prompt that no measured one begins like: what it leaves in a prefix cache helps nobody
 PROBE = "Say hello."
 PROBE_TOKENS = 4
+# chunks with text; more, and the server knows the limit by another name (some pass over fields that they do not know)
+PROBE_CHUNKS = 8
 # how long a server may keep a stream open behind its [DONE]
 GRACE = 1.0
 RETRY = 0.5
@@ -78,7 +80,6 @@ class Server:
         parsed = _parsed(self.base)
         self.ask_for = ask
         self.model = model or ""
-        self.root: str | None = None
         self.dialect = DIALECTS[ask.endpoint][0]
         headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {key}"} if key else {})}
         # a load is bounded by whoever drives it: a pool's own limit would be a queue inside the measured time. No proxy
@@ -110,47 +111,46 @@ class Server:
             await asyncio.sleep(RETRY)
 
     async def _introduce(self) -> list[str]:
-        if not self.model or self.root is None:
-            await self._read_model()
-        refused: ServerError | None = None
+        if not self.model:
+            self.model = await self._first_model()
+        refused = ""
         for dialect in DIALECTS[self.ask_for.endpoint]:
             self.dialect = dialect
             try:
                 answered = await self._probe()
             except _RefusedError as error:
                 # the first word is about the fields that everybody sends
-                refused = refused or ServerError(f"{self.name} at {self.base} refuses the requests: {error}")
+                refused = refused or str(error)
                 continue
+            except BrokenStreamError as error:
+                raise ServerError(f"{self.name} at {self.base} gives no stream of chunks: {error}") from error
             notes = []
             if dialect != DIALECTS[self.ask_for.endpoint][0]:
                 asked = f"asked for {dialect.limit}" + ("" if dialect.usage else ", without stream_options")
-                notes.append(f"{self.name}: {asked}, because it refused more ({refused})")
+                notes.append(f"{self.name}: {asked} ({refused})")
             if answered.counted:
                 notes.append(f"{self.name}: reports no usage: output tokens are chunks with text; input tokens unknown")
             return notes
-        assert refused is not None
-        raise refused
+        raise ServerError(f"{self.name} at {self.base} does not take the requests: {refused}")
 
-    async def _read_model(self) -> None:
+    async def _first_model(self) -> str:
+        """What the server names first at /v1/models."""
         response = await self._client.get(f"{self.base}/v1/models", timeout=GET_SECONDS)
-        found: list[Any] = []
-        if response.status_code == 200:
-            with_data = _json(response.content)
-            found = with_data.get("data") or [] if isinstance(with_data, dict) else []
-        elif response.status_code >= 500:
-            raise _NotReadyError(f"/v1/models gives status {response.status_code}")
-        elif response.status_code in (401, 403):
-            raise ServerError(f"{self.name} at {self.base} wants a key: give one with --api-key")
-        models = {each["id"]: each for each in found if isinstance(each, dict) and "id" in each}
-        if not self.model:
-            if not models:
-                raise ServerError(f"{self.name} at {self.base} names no model at /v1/models: name one with --model")
-            self.model = next(iter(models))
-        self.root = str(models.get(self.model, {}).get("root") or self.model)
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+        found = _json(response.content)
+        try:
+            return str(found["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise ServerError(
+                f"{self.name} at {self.base} names no model at /v1/models: give one with --model"
+            ) from None
 
     async def _probe(self) -> Outcome:
         outcome = Outcome()
-        await self._streamed(self.body(PROBE, PROBE_TOKENS), outcome)
+        await self._streamed(self.body(PROBE, PROBE_TOKENS), outcome, PROBE_CHUNKS)
+        if outcome.output_tokens > PROBE_TOKENS:
+            raise _RefusedError(f"{outcome.output_tokens} tokens where {self.dialect.limit} was {PROBE_TOKENS}")
         return outcome
 
     def body(self, prompt: str, max_tokens: int | None = None) -> bytes:
@@ -178,11 +178,9 @@ class Server:
             outcome.error = shortened(f"{str(error) or 'no message'} ({type(error).__name__.lstrip('_')})")
         except TimeoutError:
             outcome.error = f"no end after {self.ask_for.seconds:g} s (timeout)"
-        except (AttributeError, KeyError, IndexError, TypeError) as error:
-            outcome.error = shortened(f"a chunk of another shape ({type(error).__name__}: {error})")
         return outcome
 
-    async def _streamed(self, body: bytes, outcome: Outcome) -> None:
+    async def _streamed(self, body: bytes, outcome: Outcome, most: int | None = None) -> None:
         events, reading = Events(), Reading(outcome)
         limit = asyncio.timeout(self.ask_for.seconds)
         outcome.started = time.perf_counter()
@@ -194,6 +192,8 @@ class Server:
                     now = time.perf_counter()
                     for data in events.feed(part):
                         reading.take(data, now)
+                    if most is not None and outcome.text_chunks > most:
+                        raise _RefusedError(f"it passes over {self.dialect.limit}")
                     if reading.done:
                         limit.reschedule(asyncio.get_running_loop().time() + GRACE)
                 for data in events.close():

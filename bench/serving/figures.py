@@ -96,7 +96,7 @@ def peaks(good: Sequence[Outcome]) -> tuple[float, int]:
     running: Counter[int] = Counter()
     for each in good:
         at = each.started - first
-        chunks.update((int(moment) for moment in np.cumsum([at + each.ttft, *each.gaps])))
+        chunks.update(int(moment) for moment in np.cumsum([at + each.ttft, *each.gaps]))
         running.update(range(int(at), int(at + each.latency) + 1))
     return float(max(chunks.values())), max(running.values())
 

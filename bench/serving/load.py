@@ -1,4 +1,4 @@
-"""When requests are sent, and that they are: arrivals as `vllm bench serve` draws them, and a limit of how many at once."""
+"""When requests are sent: arrivals as `vllm bench serve` draws them, and a limit of how many are under way at once."""
 
 from __future__ import annotations
 

@@ -94,12 +94,15 @@ class Reading:
             raise BrokenStreamError(f"an event that is no JSON: {shortened(data.decode(errors='replace'))}") from None
         if not isinstance(chunk, dict) or chunk.get("error") is not None or chunk.get("object") == "error":
             raise BrokenStreamError(f"the server reported: {said(chunk)}")
-        if choices := chunk.get("choices"):
-            self._choice(choices[0], now)
-        # some servers report it in the last chunk with choices, others in one of its own
-        if usage := chunk.get("usage"):
-            self.outcome.prompt_tokens = usage.get("prompt_tokens") or 0
-            self.outcome.output_tokens = usage.get("completion_tokens") or 0
+        try:
+            if choices := chunk.get("choices"):
+                self._choice(choices[0], now)
+            # some servers report it in the last chunk with choices, others in one of its own
+            if usage := chunk.get("usage"):
+                self.outcome.prompt_tokens = usage.get("prompt_tokens") or 0
+                self.outcome.output_tokens = usage.get("completion_tokens") or 0
+        except (AttributeError, KeyError, TypeError) as error:
+            raise BrokenStreamError(f"a chunk of another shape: {shortened(data.decode(errors='replace'))}") from error
 
     def _choice(self, choice: dict[str, Any], now: float) -> None:
         outcome = self.outcome
