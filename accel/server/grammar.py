@@ -32,8 +32,9 @@ MAX_CHARACTERS = 65536
 MAX_NESTED = 64
 # llguidance follows names by recursion and does not guard its stack: room for as many as a text can hold
 STACK_BYTES = 2**28
-# without an end to whitespace a small model may write nothing else; this is a line with its indentation
-JSON_STYLE: Any = {"whitespace_pattern": r"[ \n\r\t]{1,24}"}
+# where JSON may have whitespace: a blank or a line's end with its indentation, as json.dumps writes it. A small model
+# would write nothing else if it could.
+JSON_STYLE: Any = {"whitespace_pattern": r" |\n[ \t]{0,24}"}
 
 
 class Grammars:
@@ -57,7 +58,9 @@ class Grammars:
             text = json.dumps(schema)
         except (TypeError, ValueError, RecursionError) as error:
             raise OptionError(f"the JSON schema is no JSON: {first_line(error)}") from None
-        return self._grammar("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(schema, JSON_STYLE))
+        # a schema may say itself what whitespace there is
+        style = None if "x-guidance" in schema else JSON_STYLE
+        return self._grammar("JSON schema", text, lambda: LLMatcher.grammar_from_json_schema(schema, style))
 
     def regex(self, pattern: str) -> Grammar:
         """Text that a regular expression matches as a whole."""

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
@@ -214,12 +216,13 @@ class Truncation(RowwiseProcessor):
     """Keeps the tokens at least ``min_p`` times as likely as the best, of these the ``top_k`` most likely, and of
     these as few as have ``top_p`` of the mass. Tokens as likely as the last one that is kept are kept too.
 
-    transformers' warpers take several milliseconds for a real vocabulary on a CPU, because they sort all of it.
+    transformers' warpers sort the whole vocabulary with torch, which takes tens of milliseconds a row on a busy CPU;
+    numpy's sort takes a fraction of one, and of a peaked row only its best tokens need to be sorted.
     """
 
     ignores_ids = True
 
-    # candidates are within so much of the best score; others are looked at when they do not suffice
+    # what is further below the best score is looked at only when the rest does not suffice
     WIDTH = 8.0
 
     def __init__(self, *, min_p: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> None:
@@ -228,19 +231,18 @@ class Truncation(RowwiseProcessor):
         self._top_p = top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        lowest = torch.stack([self._lowest(row) for row in scores])
+        lowest = torch.tensor([self._lowest(row) for row in scores.cpu().numpy()], device=scores.device)
         return scores.masked_fill(scores < lowest[:, None], -math.inf)
 
-    def _lowest(self, row: Tensor) -> Tensor:
+    def _lowest(self, row: NDArray[np.float32]) -> float:
         """The least score of ``row`` that stays."""
-        few = row[row >= row.amax() - self.WIDTH].sort(descending=True).values
-        kept = self._kept(few, row)
+        kept = self._kept(_descending(row[row >= row.max() - self.WIDTH]), row)
         if kept is None:
-            kept = self._kept(row.sort(descending=True).values, row)
+            kept = self._kept(_descending(row), row)
             assert kept is not None, "a whole row suffices"
-        return kept[-1]
+        return float(kept[-1])
 
-    def _kept(self, values: Tensor, row: Tensor) -> Tensor | None:
+    def _kept(self, values: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32] | None:
         """Of the best scores in descending order those that stay; None where the rest of ``row`` has a say."""
         is_part = len(values) < len(row)
         if self._min_p > 0:
@@ -253,11 +255,15 @@ class Truncation(RowwiseProcessor):
                 return None
             values, is_part = values[: self._top_k], False
         if self._top_p < 1:
-            mass = (values - values[0]).double().exp().cumsum(0)
-            whole = (row - values[0]).exp().sum(dtype=torch.float64) if is_part else mass[-1]
+            mass = np.exp(values - values[0]).cumsum(dtype=np.float64)
+            whole = np.exp(row - values[0]).sum(dtype=np.float64) if is_part else mass[-1]
             # the first place where there is enough
-            place = int(torch.searchsorted(mass, self._top_p * whole))
+            place = int(np.searchsorted(mass, self._top_p * whole))
             if is_part and place == len(values):
                 return None
             values = values[: place + 1]
         return values
+
+
+def _descending(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return np.sort(values)[::-1]

@@ -252,8 +252,22 @@ def test_any_json_object(grammars: Grammars) -> None:
 
 def test_whitespace_has_an_end(grammars: Grammars) -> None:
     processor = grammars.json_object().processor(len(PROMPT))
-    assert " " in texts(allowed_after(processor, ids_of("{" + " " * 23)))
-    assert " " not in texts(allowed_after(processor, ids_of("{" + " " * 24)))
+    blank, line = ids_of(" ")[0], ids_of("\n")[0]
+    assert {blank, line} <= allowed_after(processor, ids_of("{"))
+    assert not {blank, line} & allowed_after(processor, ids_of("{ "))
+    assert blank in allowed_after(processor, ids_of("{\n" + " " * 23))
+    assert not {blank, line} & allowed_after(processor, ids_of("{\n" + " " * 24))
+
+
+@pytest.mark.parametrize("indent", [None, 2, 4])
+def test_json_as_python_writes_it_is_allowed(grammars: Grammars, indent: int | None) -> None:
+    text = json.dumps({"kind": "cat", "age": 3, "tags": ["a", "b"]}, indent=indent)
+    assert allowed_after(grammars.json_schema(SCHEMA).processor(len(PROMPT)), ids_of(text)) == {END}
+
+
+def test_a_schema_may_say_what_whitespace_there_is(grammars: Grammars) -> None:
+    tight = grammars.json_schema(SCHEMA | {"x-guidance": {"whitespace_flexible": False}}).processor(len(PROMPT))
+    assert texts(allowed_after(tight, ids_of("{"))) == {'"'}
 
 
 # -- what cannot be compiled
