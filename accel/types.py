@@ -139,9 +139,14 @@ class Stats:
         for name in ("target_calls", "row_calls", "drafted_tokens", "accepted_tokens"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def discard(self, tokens: int) -> None:
-        """Take back accepted tokens that fell behind a row's end (end of sequence, stop string, length)."""
+    def discard(self, tokens: int, emitted: int) -> None:
+        """Take back accepted tokens: of ``emitted`` the last ``tokens`` fell behind a row's end (stop, length).
+
+        The last that counts is then the target's own, whoever guessed it.
+        """
         self.accepted_tokens -= min(tokens, self.accepted_tokens)
+        for position in range(emitted - 1 - tokens, min(emitted - 1, len(self.accepted_by_position))):
+            self.accepted_by_position[position] -= 1
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds

@@ -47,9 +47,9 @@ def test_stats_of_nothing() -> None:
 def test_discard_takes_back_and_never_more_than_there_is() -> None:
     stats = Stats()
     stats.count(4, 4)
-    stats.discard(3)
+    stats.discard(3, 4)
     assert stats.accepted_tokens == 1
-    stats.discard(3)
+    stats.discard(3, 4)
     assert stats.accepted_tokens == 0
 
 

@@ -59,6 +59,7 @@ class Row:
     index: int
     request: Request
     new: list[int] = field(default_factory=list)
+    since: float = field(default_factory=time.monotonic)
 
 
 @dataclass(eq=False)
@@ -208,7 +209,6 @@ class Batcher:
         self.bytes = {
             "rows": self.target.state_bytes() if hasattr(self.target, "state_bytes") else 0,
             "prefixes": self.prefixes.nbytes(),
-            "cartridges": self.attached.cartridges.store.nbytes(),
         }
 
     def _admit(self) -> None:
@@ -313,12 +313,14 @@ class Batcher:
         if row is None:  # its job was given up while this step's chunks were handed out
             return
         work = row.work
+        queued = None
         if not row.new:
+            queued = row.since - work.since
             self._keep_prompt(lane, row)
         row.new += chunk.tokens
         self.sums["generated_tokens"] += len(chunk.tokens)
         work.stats.generated_tokens += len(chunk.tokens)
-        work.stats.discard(chunk.dropped)
+        work.stats.discard(chunk.dropped, len(chunk.tokens) + chunk.dropped)
         finish: Finish | None = None
         stop = None
         if chunk.finished:
@@ -328,7 +330,7 @@ class Batcher:
         if work.job.logprobs is not None and chunk.logits is not None:
             logprobs = _logprobs(chunk.logits, chunk.tokens, work.job.logprobs)
         prompt_logprobs, work.prompt_logprobs = work.prompt_logprobs or None, []
-        self._say(work, Piece(row.index, list(chunk.tokens), logprobs, finish, stop, prompt_logprobs))
+        self._say(work, Piece(row.index, list(chunk.tokens), logprobs, finish, stop, prompt_logprobs, queued))
         if chunk.finished:
             self._keep_answer(lane, row)
             self._log(row)

@@ -79,6 +79,8 @@ class Piece:
     finish: Finish | None = None
     stop_token: int | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    # with a continuation's first tokens: seconds that it waited before its prompt was begun
+    queued: float | None = None
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Engine:
             count, finished = self.stopper.clip(emission)
             if finished:
                 done.add(emission.request_id)
-                self.decoder.stats.discard(len(emission.tokens) - count)
+                self.decoder.stats.discard(len(emission.tokens) - count, len(emission.tokens))
             yield _chunk(emission, count, finished=finished, late=False)
         self._finished |= done
         if not self.in_step:

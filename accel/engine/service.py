@@ -162,7 +162,7 @@ class Service:
         return Gauges(
             running=running,
             waiting=max(0, self._taken - running),
-            context_bytes=dict(self._batcher.bytes),
+            context_bytes={**self._batcher.bytes, "cartridges": self.attached.cartridges.store.nbytes()},
             cartridges=tuple(self.attached.cartridges.store.names()),
             drafts=sum(counted.drafted_by_position[:1]),
             drafted_tokens=counted.drafted_tokens,

@@ -52,12 +52,15 @@ class Choice:
     finish: str | None = None
     # the stop string or the token that ended it, where the request named it
     stop_reason: str | int | None = None
+    # seconds that it waited in the engine's queue
+    queued: float | None = None
     # moments at which tokens came
     times: list[float] = field(default_factory=list)
 
     def take(self, piece: Piece) -> Update:
         """Add what the engine says; what stands behind a stop string is dropped."""
         self.times.append(perf_counter())
+        self.queued = self.queued if piece.queued is None else piece.queued
         if self.cut.silent:
             self._end("length", None)
             return Update(self, "", [], 0)
@@ -244,7 +247,7 @@ class Generation:
             ttft=times[0] - self._began if times else None,
             inter_token=[after - before for before, after in pairwise(times)],
             e2e=perf_counter() - self._began,
-            queue=None,
+            queue=choice.queued,
         )
 
 

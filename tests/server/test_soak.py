@@ -77,7 +77,7 @@ def request(dice: random.Random, cartridges: list[str]) -> tuple[str, dict[str, 
     return "/v1/chat/completions", fields | {"messages": [{"role": "user", "content": text}]}
 
 
-async def client(url: str, number: int, until: float, model: Any, seen: Counter) -> None:
+async def client(url: str, number: int, until: float, store: Any, made: list[Cartridge], seen: Counter) -> None:
     dice = random.Random(number)
     names: list[str] = []
     async with httpx2.AsyncClient(base_url=url, timeout=60) as web:
@@ -88,12 +88,12 @@ async def client(url: str, number: int, until: float, model: Any, seen: Counter)
                 assert 400 <= answer.status_code < 500, answer.text
                 seen["refused"] += 1
             elif what < 0.2 and number == 0:
-                store = accel.cartridges(model)
-                if names and dice.random() < 0.5:
-                    store.remove(names.pop())
-                else:
-                    names.append(store.add(whole(model, f"c{seen['cartridges']}", seen["cartridges"])))
+                absent = [each for each in made if each.name not in names]
+                if absent and (not names or dice.random() < 0.5):
+                    names.append(store.add(dice.choice(absent)))
                     seen["cartridges"] += 1
+                else:
+                    store.remove(names.pop(0))
             elif what < 0.35:
                 path, body = request(dice, names)
                 try:
@@ -116,7 +116,7 @@ async def client(url: str, number: int, until: float, model: Any, seen: Counter)
                 assert not body["stream"] or answer.status_code != 200 or answer.text.endswith("[DONE]\n\n")
                 seen["answered"] += 1
     for name in names:
-        accel.cartridges(model).remove(name)
+        store.remove(name)
 
 
 def segments() -> int:
@@ -129,6 +129,8 @@ def test_nothing_is_left_of_a_busy_day() -> None:
     tokenizer.chat_template = TEMPLATE
     model = accel.Model(byte_llama(max_position_embeddings=512), tokenizer)
     accel.attach(model.model, drafter="suffix", tokenizer=tokenizer)
+    # made beforehand: once it is served, the model is the engine's alone
+    made = [whole(model.model, f"c{seed}", seed) for seed in range(4)]
     before_segments, before_threads = segments(), threading.active_count()
     service = serve(model, max_rows=6, max_queue=6, piece=64, prefix_bytes=2 << 20)
     app = create_app(service, model, ServerSettings("tiny"), Metrics("tiny", service))
@@ -136,9 +138,8 @@ def test_nothing_is_left_of_a_busy_day() -> None:
 
     async def day(url: str) -> None:
         begun = time.monotonic()
-        clients = [
-            asyncio.create_task(client(url, number, begun + SECONDS, model.model, seen)) for number in range(CLIENTS)
-        ]
+        store, until = accel.cartridges(model.model), begun + SECONDS
+        clients = [asyncio.create_task(client(url, number, until, store, made, seen)) for number in range(CLIENTS)]
         while not all(each.done() for each in clients):
             memory.append(process.memory_info().rss)
             await asyncio.sleep(SECONDS / 60)
