@@ -124,10 +124,11 @@ class Preparer:
         stop_tokens = named if request.ignore_eos else named | self._ends
         default = self._settings.default_max_tokens
         limits = [each for each in (request.timeout, self._settings.request_timeout) if each is not None]
+        taken = self.prompts.positions(extension.cartridges)
         jobs = []
         for prompt in prompts:
             # what reads the prompt only still needs a token to be asked for
-            new = max(1, self.prompts.room(len(prompt), asked, default, param))
+            new = max(1, self.prompts.room(len(prompt), asked, default, param, taken=taken))
             if (request.min_tokens or 0) > new:
                 raise ApiError(
                     f"min_tokens={request.min_tokens}: at most {new} tokens are generated", param="min_tokens"

@@ -77,6 +77,13 @@ class Prompts:
         """Token ids of a conversation, up to where the answer begins. ``show`` puts tools into its messages."""
         return self._checked(self._rendered(chat, self.kind(cartridges), show, special), "messages")
 
+    def positions(self, cartridges: Sequence[str] | None) -> int:
+        """How much of the context the cartridges in front of a prompt take."""
+        if self._attached is None:
+            return 0
+        with self._attached.cartridges.use(None if cartridges is None else list(cartridges), 1) as (seat,):
+            return seat.num_positions
+
     def kind(self, cartridges: Sequence[str] | None) -> str | None:
         """What the cartridges in front of a prompt say about it; None where there are none."""
         if self._attached is None:
@@ -96,15 +103,16 @@ class Prompts:
         if highest >= self._vocab_size:
             raise ApiError(f"token id {highest} is out of vocabulary: ids are 0 to {self._vocab_size - 1}", param=param)
 
-    def room(self, prompt_tokens: int, asked: int | None, default: int | None, param: str) -> int:
-        """Tokens that may be generated behind a prompt."""
+    def room(self, prompt_tokens: int, asked: int | None, default: int | None, param: str, *, taken: int = 0) -> int:
+        """Tokens that may be generated behind a prompt; ``taken``: positions in front of it."""
         if self.context_length is None:
             return asked if asked is not None else default if default is not None else 4096
-        left = self.context_length - prompt_tokens
+        left = self.context_length - taken - prompt_tokens
         wanted = asked if asked is not None else min(left, default) if default is not None else left
         if left < 1 or wanted > left:
+            front = f", of which cartridges take {taken}" if taken else ""
             raise ApiError(
-                f"This model's maximum context length is {self.context_length} tokens. However, you requested "
+                f"This model's maximum context length is {self.context_length} tokens{front}. However, you requested "
                 f"{prompt_tokens + max(wanted, 1)} tokens ({prompt_tokens} in the {param}, {max(wanted, 1)} in the "
                 f"completion). Please reduce the length of the {param} or completion.",
                 param=param,
