@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -130,7 +131,8 @@ class Service:
 
     def cancel(self, number: int) -> None:
         """Abort a job within one step: its continuations finish with "abort", then comes Done. Late calls are fine."""
-        self._tell(lambda: self._batcher.abort(number))
+        with suppress(ClosedError):
+            self._tell(lambda: self._batcher.abort(number))
 
     def embed(self, prompts: Sequence[Sequence[int]], on_done: Callable[[list[list[float]] | Exception], None]) -> None:
         """Last hidden state of each prompt's last token, scaled to length 1; ``on_done`` is called once."""
