@@ -1,6 +1,6 @@
 #!/bin/sh
 # Makes accel/zoo/arithmetic-5m-base and accel/zoo/arithmetic-5m-dparallel with the python and the accel that are on the
-# PATH. Two hours on a CPU core that multiplies bf16. Goes on where it was killed.
+# PATH. Nearly three hours on a CPU core that multiplies bf16. Goes on where it was killed.
 set -e
 cd "$(dirname "$0")"
 mkdir -p ../../../../build/arithmetic
