@@ -51,7 +51,7 @@ log = logging.getLogger("accel.server")
 # how often somebody who waits looks whether the engine still lives
 LOOK = 1.0
 # of what an endpoint says of its failure, the part that is nobody's secret
-_WHY = re.compile(r"no answer within [\d.e+-]+ s$|HTTP \d{3}(?=\)$)")
+_WHY = re.compile(r"no answer within [\d.e+-]+ s$| \(HTTP \d{3}\)$")
 _FINISH = re.compile(r"[a-z_]{1,32}")
 
 
@@ -227,8 +227,8 @@ class WatchedTeacher:
         except Unanswered as error:
             log.warning("the teacher did not answer: %s", self._without_key(str(error)))
             public = _WHY.search(str(error))
-            said = "no answer" if public is None else public[0]
-            raise Unanswered(f"{self.name}: {said}", seconds=error.seconds, usage=error.usage) from error
+            said = "" if public is None else public[0].removeprefix("no answer")
+            raise Unanswered(f"{self.name}: no answer{said}", seconds=error.seconds, usage=error.usage) from error
         samples = tuple(
             each if _FINISH.fullmatch(each.finish) else replace(each, finish="stop") for each in reply.samples
         )
