@@ -274,8 +274,10 @@ class Server:
         if isinstance(asked, protocol.ChatRequest | protocol.TokenizeChat):
             return
         given = getattr(asked, "accel", None)
-        if (name and name != self.settings.model_name) or (given is not None and given.cascade is not None):
-            raise ApiError("a cascade answers conversations: ask /v1/chat/completions", param="model")
+        is_named = bool(name) and name != self.settings.model_name
+        if is_named or (given is not None and given.cascade is not None):
+            where = "model" if is_named else "accel.cascade"
+            raise ApiError("a cascade answers conversations: ask /v1/chat/completions", param=where)
 
     def _check_name(self, name: str) -> None:
         if name not in self._names():
