@@ -17,6 +17,7 @@ from accel.cli.common import (
     artifact_option,
     options_option,
     parse_bytes,
+    parse_options,
     use_threads,
 )
 from accel.errors import AccelError, ArtifactError, OptionError, first_line
@@ -43,6 +44,18 @@ _ORIGIN = re.compile(r"\*|https?://[^/\s?#]+")
 @artifact_option
 @options_option
 @click.option("--method", metavar="NAME", help="Decoding method, see `accel methods`. [default: the one for the model]")
+@click.option(
+    "--teacher",
+    metavar="MODEL@URL",
+    help="OpenAI-compatible endpoint for what the model's samples disagree on: NAME+cascade answers so.",
+)
+@click.option(
+    "--cascade-option",
+    "cascade_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Option of method 'cascade', see `accel methods`; repeatable. Without --teacher a cascade of the model alone.",
+)
 @click.option("--served-model-name", metavar="NAME", help="What clients call the model. [default: MODEL]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
@@ -164,6 +177,8 @@ def _load(
     artifact: tuple[str, ...],
     options: dict[str, Any],
     method: str | None,
+    teacher: str | None,
+    cascade_options: tuple[str, ...],
     keys: frozenset[str],
     cors_origins: tuple[str, ...],
     artifact_roots: tuple[Path, ...],
@@ -185,11 +200,13 @@ def _load(
     import accel
     from accel.engine import service as engine
     from accel.server.app import ServerSettings, create_app
+    from accel.server.cascade import CascadePlan
     from accel.server.metrics import Metrics
     from accel.server.run import Loaded
 
     told = options if log is None else {**options, "log": log}
-    loaded = accel.load(model, artifact, device=device, dtype=dtype, method=method, **told)
+    plan, artifacts = CascadePlan.read(teacher, parse_options(cascade_options), artifact)
+    loaded = accel.load(model, artifacts, device=device, dtype=dtype, method=method, **told)
     offer(loaded.model, artifact_roots)
     service = engine.serve(
         loaded, max_rows=max_rows, max_queue=max_queue, piece=prefill_chunk, prefix_bytes=prefix_cache
@@ -204,7 +221,12 @@ def _load(
         request_timeout=request_timeout,
         cors_origins=cors_origins,
     )
-    return Loaded(create_app(service, loaded, settings, Metrics(name, service)), service)
+    try:
+        desk = None if plan is None else plan.desk(service, loaded, settings)
+        return Loaded(create_app(service, loaded, settings, Metrics(name, service), desk), service)
+    except BaseException:
+        service.close()
+        raise
 
 
 def offer(model: PreTrainedModel, roots: Iterable[Path]) -> None:

@@ -19,6 +19,7 @@ import accel
 from accel.engine.service import Service
 from accel.server import protocol
 from accel.server.answers import Answer, ChatAnswer, CompletionAnswer
+from accel.server.cascade import NONE_HERE, CascadeAnswer, CascadeDesk, cascade_name, wants_cascade
 from accel.server.embeddings import embeddings
 from accel.server.errors import ApiError, api_error
 from accel.server.exchange import EventStream, Gone, parsed, read_body, unless_gone
@@ -41,10 +42,14 @@ MAX_NAMES = 1000
 
 
 def create_app(
-    service: Service, model: accel.Model, settings: ServerSettings, metrics: Metrics | None = None
+    service: Service,
+    model: accel.Model,
+    settings: ServerSettings,
+    metrics: Metrics | None = None,
+    cascade: CascadeDesk | None = None,
 ) -> FastAPI:
-    """The routes of one model behind ``service``."""
-    server = Server(service, model, settings, metrics)
+    """The routes of one model behind ``service``, and of the cascade over it."""
+    server = Server(service, model, settings, metrics, cascade)
     # pages of documentation would load scripts from elsewhere
     app = FastAPI(title="accel", version=accel.__version__, docs_url=None, redoc_url=None)
     app.add_middleware(Guard, api_keys=settings.api_keys)
@@ -76,10 +81,18 @@ def create_app(
 class Server:
     """What the routes share."""
 
-    def __init__(self, service: Service, model: accel.Model, settings: ServerSettings, metrics: Metrics | None) -> None:
+    def __init__(
+        self,
+        service: Service,
+        model: accel.Model,
+        settings: ServerSettings,
+        metrics: Metrics | None,
+        cascade: CascadeDesk | None,
+    ) -> None:
         self.service = service
         self.settings = settings
         self.metrics = metrics
+        self.cascade = cascade
         self.preparer = Preparer(model, settings)
         self._created = int(time.time())
         self._seen_names: set[str] = set()
@@ -124,6 +137,8 @@ class Server:
 
     async def chat(self, request: Request, asked: protocol.ChatRequest) -> Response:
         """Answer a conversation."""
+        if wants_cascade(asked, cascade_name(self.settings)):
+            return await self._cascaded(request, asked)
 
         def answer(generation: Generation) -> Answer:
             made = [self.preparer.tool_parser(asked) for _ in generation.choices]
@@ -157,12 +172,13 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         """What is served."""
-        return JSONResponse({"object": "list", "data": [self._card()]})
+        return JSONResponse({"object": "list", "data": [self._card(name) for name in self._names()]})
 
     async def one_model(self, request: Request) -> Response:
         """One of the models."""
-        self._check_name(request.path_params["name"])
-        return JSONResponse(self._card())
+        name = request.path_params["name"]
+        self._check_name(name)
+        return JSONResponse(self._card(name))
 
     async def health(self, request: Request) -> Response:
         """Whether requests are answered."""
@@ -214,6 +230,19 @@ class Server:
             generation.close()
         return JSONResponse(shown.whole(), headers=shown.headers())
 
+    async def _cascaded(self, request: Request, asked: protocol.ChatRequest) -> Response:
+        if self.cascade is None:
+            raise ApiError(NONE_HERE, param="accel")
+        check_alive(self.service)
+        run, shown = self.cascade.start(asked, self.metrics), CascadeAnswer(asked)
+        if asked.stream:
+            return EventStream(run, shown)
+        try:
+            body = shown.whole(await unless_gone(request.receive, run.run()))
+        finally:
+            run.close()
+        return JSONResponse(body, headers=shown.headers())
+
     def _texts(self, asked: protocol.CompletionRequest, generation: Generation) -> Sequence[str]:
         """The prompts as they were given, or what their ids are."""
         if isinstance(asked.prompt, str):
@@ -224,13 +253,17 @@ class Server:
             return [decode(generation.jobs[0].prompt)]
         return [each if isinstance(each, str) else decode(job.prompt) for each, job in pairs]
 
-    def _card(self) -> dict[str, Any]:
+    def _names(self) -> list[str]:
+        return [self.settings.model_name, *([] if self.cascade is None else [self.cascade.name])]
+
+    def _card(self, name: str) -> dict[str, Any]:
+        root = self.settings.model_root or self.settings.model_name
         return {
-            "id": self.settings.model_name,
+            "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "accel",
-            "root": self.settings.model_root or self.settings.model_name,
+            "root": root if name == self.settings.model_name else self.settings.model_name,
             "max_model_len": self.preparer.prompts.context_length,
         }
 
@@ -238,9 +271,16 @@ class Server:
         name = getattr(asked, "model", None)
         if name:
             self._check_name(name)
+        if isinstance(asked, protocol.ChatRequest | protocol.TokenizeChat):
+            return
+        given = getattr(asked, "accel", None)
+        is_named = bool(name) and name != self.settings.model_name
+        if is_named or (given is not None and given.cascade is not None):
+            where = "model" if is_named else "accel.cascade"
+            raise ApiError("a cascade answers conversations: ask /v1/chat/completions", param=where)
 
     def _check_name(self, name: str) -> None:
-        if name != self.settings.model_name:
+        if name not in self._names():
             raise ApiError(
                 f"The model `{name[:256]}` does not exist: /v1/models lists them.", status=404, param="model"
             )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi.responses import Response
 from pydantic import BaseModel, ValidationError
@@ -15,9 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
 from accel.errors import first_line
-from accel.server.answers import Answer
 from accel.server.errors import ApiError, api_error
-from accel.server.generation import Generation
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -119,12 +117,30 @@ async def _hung_up(receive: Receive) -> None:
         pass
 
 
+class Source(Protocol):
+    """What makes an answer; ``close`` ends it when nobody waits for more."""
+
+    def updates(self) -> AsyncIterator[Any]: ...
+
+    def close(self) -> None: ...
+
+
+class Shown(Protocol):
+    """An answer as a stream shows it: chunks of an update, those behind all of them, and what heads them."""
+
+    def chunks(self, update: Any) -> Sequence[Mapping[str, Any]]: ...
+
+    def last(self) -> Sequence[Mapping[str, Any]]: ...
+
+    def headers(self) -> Mapping[str, str]: ...
+
+
 class EventStream(Response):
-    """Server-sent events of a generation; an error before the first of them has its status."""
+    """Server-sent events of an answer; an error before the first of them has its status."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, answer: Answer) -> None:
+    def __init__(self, generation: Source, answer: Shown) -> None:
         super().__init__(status_code=200)
         self._generation = generation
         self._answer = answer
@@ -158,7 +174,8 @@ class EventStream(Response):
     async def _send(self, send: Send, body: bytes) -> None:
         if not self._started:
             self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": list(_SSE)})
+            known = [(name.encode(), value.encode("latin-1")) for name, value in self._answer.headers().items()]
+            await send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *known]})
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": True})
 

@@ -237,18 +237,7 @@ class Generation:
                 self._observe(position, choice)
 
     def _observe(self, position: int, choice: Choice) -> None:
-        if self._metrics is None:
-            return
-        times = choice.times
-        self._metrics.observe(
-            prompt_tokens=len(self.jobs[position].prompt),
-            generated_tokens=choice.num_tokens,
-            finish=choice.finish or "abort",
-            ttft=times[0] - self._began if times else None,
-            inter_token=[after - before for before, after in pairwise(times)],
-            e2e=perf_counter() - self._began,
-            queue=choice.queued,
-        )
+        observe(self._metrics, choice, len(self.jobs[position].prompt), self._began)
 
 
 class Listener:
@@ -267,6 +256,22 @@ class Listener:
         except RuntimeError:
             # the loop is closed, and with it everybody who could want to know
             pass
+
+
+def observe(metrics: Metrics | None, choice: Choice, prompt_tokens: int, began: float) -> None:
+    """Count a continuation that is over, whose request came at ``began``."""
+    if metrics is None:
+        return
+    times = choice.times
+    metrics.observe(
+        prompt_tokens=prompt_tokens,
+        generated_tokens=choice.num_tokens,
+        finish=choice.finish or "abort",
+        ttft=times[0] - began if times else None,
+        inter_token=[after - before for before, after in pairwise(times)],
+        e2e=perf_counter() - began,
+        queue=choice.queued,
+    )
 
 
 def check_alive(service: Service) -> None:

@@ -25,7 +25,8 @@ OF_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120,
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 # of vLLM's request_success: a series that appears with its first request has no rate at that moment
 FINISHES = ("stop", "length", "abort", "error")
-DECISIONS = ("agreed", "escalated", "fallback")
+# of cascades: whose word it was; nobody's; and requests that nobody waited for
+DECISIONS = ("agreed", "escalated", "fallback", "failed", "abandoned")
 KINDS = ("rows", "prefixes", "cartridges")
 
 # vLLM's labels; there is one engine

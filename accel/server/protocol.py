@@ -74,10 +74,33 @@ class StreamOptions(Part):
     include_obfuscation: bool | None = None
 
 
+class CascadeFields(Part):
+    """How a cascade decides about this request. Who is asked, and what is read or written, is the server's choice."""
+
+    samples: int | None = Field(default=None, ge=1, le=64)
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    compare: Literal["exact", "normalised", "json", "code"] | None = None
+    action_marker: str | None = Field(default=None, max_length=256)
+    early_exit: Literal["always", "auto", "never"] | None = None
+    demonstrations: int | None = Field(default=None, ge=0, le=32)
+    window: int | None = Field(default=None, ge=1, le=32)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    teacher_temperature: float | None = Field(default=None, ge=0, le=2)
+    max_tokens: int | None = Field(default=None, ge=1, le=MANY)
+    stop: list[Stop] | None = Field(default=None, max_length=MAX_STOPS)
+    seed: int | None = Field(default=None, ge=-INT64, le=INT64 - 1)
+    # no more than the server gives
+    student_seconds: float | None = Field(default=None, gt=0, le=1e6)
+    teacher_seconds: float | None = Field(default=None, gt=0, le=1e6)
+    without_teacher: Literal["error", "student"] | None = None
+
+
 class AccelFields(Part):
     """How this request is decoded, where that differs from how the server was started."""
 
     method: Name | None = None
+    # answer by the server's cascade, as the method "cascade" and its name as a model do
+    cascade: CascadeFields | None = None
     cartridges: list[Name] | None = Field(default=None, max_length=16)
     options: dict[Name, Scalar | list[Scalar]] = Field(default_factory=dict, max_length=32)
     # contexts are reused among requests of one salt

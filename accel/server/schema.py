@@ -39,7 +39,7 @@ ERROR = {
 }
 REFUSED = {"description": "An error", "content": {"application/json": {"schema": {"$ref": REF.format(model="Error")}}}}
 # the statuses with which a request for text or numbers can be refused
-REFUSALS = (400, 401, 404, 413, 415, 429, 500, 503)
+REFUSALS = (400, 401, 404, 413, 415, 429, 500, 502, 503)
 
 
 def described(

@@ -99,8 +99,9 @@ def cascade(
     *,
     key: Key | None = None,
     same: Same | None = None,
+    embedder: Embedder | None = None,
 ) -> Cascade:
-    """The router over them, with the demonstrations in a store of the student's embedder."""
+    """The router over them, with the demonstrations in a store of ``embedder``, or else of the student's."""
     frames = list({(each.layout, each.system): None for each in demos})
     if len(frames) > 1:
         raise OptionError(
@@ -110,7 +111,7 @@ def cascade(
     if store is not None and demos:
         raise OptionError("a store and artifacts with demonstrations: add those to the store, or name its file")
     if store is None and (demos or setup.store is not None):
-        store = store_of(demos, embedder_for(student, setup.embedder), setup.store)
+        store = store_of(demos, embedder or embedder_for(student, setup.embedder), setup.store)
     layout, system = frames[0] if frames else (PLAIN, "")
     shorten = None if setup.compress is None else Compressor(setup.compress, rate=setup.compress_rate)
     return Cascade(

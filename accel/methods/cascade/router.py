@@ -5,10 +5,11 @@ Knows answerers, votes and ledgers. Does not know what an answerer is made of, o
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from accel.errors import ModelError, first_line
@@ -84,6 +85,17 @@ class NoAnswer(ModelError):
         self.ledger = ledger
 
 
+@dataclass
+class _Sums:
+    """What requests leave behind."""
+
+    totals: Totals = field(default_factory=Totals)
+    # seconds of the teacher's answers so far, and how many: what one would have taken
+    teacher_seconds: float = 0.0
+    teacher_answers: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
 class Cascade:
     """Routes requests between a student and a teacher; any number of threads may ask at once.
 
@@ -110,10 +122,19 @@ class Cascade:
         self.options = options or CascadeOptions()
         self.rule = self.options.rule(key, same)
         self.layout, self.shorten = layout, shorten
-        self.totals = Totals()
-        self._lock = threading.Lock()
-        # seconds of the teacher's answers so far, and how many: what one would have taken
-        self._teacher_seconds, self._teacher_answers = 0.0, 0
+        self._key, self._same = key, same
+        self._sums = _Sums()
+
+    @property
+    def totals(self) -> Totals:
+        return self._sums.totals
+
+    def varied(self, student: Answerer, teacher: Answerer | None, options: CascadeOptions) -> Cascade:
+        """The same cascade for one request that is answered otherwise: its sums are those of all."""
+        other = copy.copy(self)
+        other.student, other.teacher, other.options = student, teacher, options
+        other.rule = options.rule(self._key, self._same)
+        return other
 
     def answer(self, messages: Messages, situation: Situation | None = None, valid: Valid | None = None) -> Answer:
         """Answer the last message, at the latest after both time limits; raises ``NoAnswer``.
@@ -151,14 +172,16 @@ class Cascade:
 
     def _account(self, ledger: Ledger) -> None:
         answered = [a for a in ledger.attempts if a.role == TEACHER and a.error is None]
-        with self._lock:
-            self.totals.add(ledger)
-            self._teacher_seconds += sum(attempt.seconds for attempt in answered)
-            self._teacher_answers += len(answered)
+        sums = self._sums
+        with sums.lock:
+            sums.totals.add(ledger)
+            sums.teacher_seconds += sum(attempt.seconds for attempt in answered)
+            sums.teacher_answers += len(answered)
 
     def _usual_teacher_seconds(self) -> float | None:
-        with self._lock:
-            return self._teacher_seconds / self._teacher_answers if self._teacher_answers else None
+        sums = self._sums
+        with sums.lock:
+            return sums.teacher_seconds / sums.teacher_answers if sums.teacher_answers else None
 
 
 class _Request:
