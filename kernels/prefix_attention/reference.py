@@ -71,6 +71,32 @@ class Plan:
         return mask[:, None]
 
 
+# Reading bytes in one call more costs about as much as reading so many: rows of a batch whose tails differ by more are
+# read in groups, each as far as its own longest tail.
+BYTES_OF_A_CALL = 300_000
+
+
+def groups(lengths: Sequence[int], token_bytes: int) -> list[tuple[int, int]]:
+    """Neighbouring rows that are read together, as (first, behind the last): the cheapest way to part them.
+
+    A group costs a call, and its longest tail for every one of its rows.
+    """
+    call = BYTES_OF_A_CALL / token_bytes
+    # least cost of the rows before i, and where its last group begins
+    best = [(0.0, 0)]
+    for end in range(1, len(lengths) + 1):
+        longest, options = 0, []
+        for first in range(end - 1, -1, -1):
+            longest = max(longest, lengths[first])
+            options.append((best[first][0] + call + longest * (end - first), first))
+        best.append(min(options))
+    found, end = [], len(lengths)
+    while end:
+        found.append((best[end][1], end))
+        end = best[end][1]
+    return found[::-1]
+
+
 def plan(
     starts: Sequence[int],
     n: int,
@@ -106,15 +132,33 @@ def prefix_attention(
     if segments or softcap is not None:
         return _merged(query, keys, values, plan, segments, scale, softcap)
     rows, heads, n, _ = query.shape
-    groups = heads // keys.shape[1]
+    repeats = heads // keys.shape[1]
     if plan.causal:
-        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=groups > 1)
+        return F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale, enable_gqa=repeats > 1)
     # Folding a group's heads into the query axis lets them share their key head without repeating it:
     # the copy that repeating makes would grow with the context at every step.
-    folded = query.reshape(rows, keys.shape[1], groups * n, query.shape[-1])
-    mask = None if plan.mask is None else _fold_mask(plan.mask, groups)
-    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    folded = query.reshape(rows, keys.shape[1], repeats * n, query.shape[-1])
+    mask = None if plan.mask is None else _fold_mask(plan.mask, repeats)
+    parts = []
+    for first, end, length in _parts(plan, keys):
+        seen = None if mask is None else mask[first:end, ..., :length]
+        k, v = keys[first:end, :, :length], values[first:end, :, :length]
+        parts.append(F.scaled_dot_product_attention(folded[first:end], k, v, attn_mask=seen, scale=scale))
+    out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.reshape(rows, heads, n, values.shape[-1])
+
+
+def _parts(plan: Plan, keys: Tensor) -> list[tuple[int, int, int]]:
+    """Groups of rows and the tail that each of them reads; one for all where no row is longer than the others."""
+    lengths = [start + plan.n for start in plan.starts]
+    if min(lengths) == max(lengths) or keys.device.type != "cpu":
+        return [(0, len(lengths), plan.tail_length)]
+    token_bytes = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+    key = ("parts", token_bytes)
+    if key not in plan.derived:
+        plan.derived[key] = [(a, b, max(lengths[a:b])) for a, b in groups(lengths, token_bytes)]
+    found: list[tuple[int, int, int]] = plan.derived[key]
+    return found
 
 
 def _fold_mask(mask: Tensor, groups: int) -> Tensor:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from accel.kernels.prefix_attention import Plan, SharedKV, plan, prefix_attention
+from accel.kernels.prefix_attention import Plan, SharedKV, plan, prefix_attention, reference
+from accel.kernels.prefix_attention.reference import groups
 
 TOLERANCE = 1e-5
 DIM, VALUE_DIM = 8, 6
@@ -300,3 +301,27 @@ def test_the_comparison_can_fail() -> None:
     # a window off by one
     windows = [Case([0, 5, 19], 3, segments=SEGMENTS["fork"], window=w).expected() for w in (4, 5)]
     assert error(*windows) > 1e-2
+
+
+def test_rows_are_parted_where_reading_all_as_far_as_the_longest_costs_more_than_a_call() -> None:
+    token = 1000  # bytes, so that a call is worth 300 tokens
+    assert groups([10, 20, 30], token) == [(0, 3)]
+    assert groups([10, 10, 10, 900], token) == [(0, 3), (3, 4)]
+    assert groups([900, 10, 10, 10, 900, 900], token) == [(0, 1), (1, 4), (4, 6)]
+    assert groups([5], token) == [(0, 1)]
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_parted_rows_give_what_rows_read_together_do(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    torch.manual_seed(0)
+    starts, n = [3, 40, 5, 5, 90, 0], 2
+    length = max(starts) + n
+    query, keys, values = torch.randn(6, 4, n, 8), torch.randn(6, 2, length, 8), torch.randn(6, 2, length, 8)
+
+    def attend() -> torch.Tensor:
+        made = plan(starts, n, [0] * 6, window=window, device=query.device, dtype=query.dtype)
+        return prefix_attention(query, keys, values, made, scale=0.3)
+
+    together = attend()
+    monkeypatch.setattr(reference, "BYTES_OF_A_CALL", 1)
+    torch.testing.assert_close(attend(), together)

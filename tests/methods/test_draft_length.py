@@ -288,6 +288,26 @@ def test_trim_is_the_argmax(slope: float, rows: int) -> None:
     assert len(chosen) > 1 or slope == 1.0
 
 
+def test_one_rows_draft_is_not_worth_a_whole_batch() -> None:
+    """All rows are read as far as the longest guess: what one of them gains, all of them pay for."""
+    costs = Costs()
+    for positions in (1, 2, 3, 4, 5, 8, 12, 16, 32, 48, 64, 80):
+        for _ in range(TRUSTED):
+            # one position is dear, from 16 on each costs its share
+            costs.observe_verify(positions, max(8.0, positions))
+    length = AdaptiveLength(4, costs)
+    for row in range(16):
+        length.open(row)
+    sure = [0.98] * 4
+    assert length.together([(0, sure, "")], 1) == 4
+    assert length.together([(0, sure, "")], 16) == 0
+    # all sixteen are sure: twice the time for nearly twice the tokens is no gain, and none is taken
+    assert length.together([(row, sure, "") for row in range(16)], 16) == 0
+    assert length.together([(row, sure, "") for row in range(4)], 4) == 1
+    assert length.together([], 4) == 0
+    assert FixedLength(3).together([(0, sure, "")], 16) == 3
+
+
 def test_trim_says_plain_where_speculation_loses() -> None:
     length = AdaptiveLength(16, known_costs(slope=0.6))
     length.open(0)

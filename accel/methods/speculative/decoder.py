@@ -148,7 +148,20 @@ class SpeculativeDecoder(RowDecoder):
             free, source = self._is_free(draft), self._source(draft)
             keep = self.length.trim(live.request.id, draft.confidence, len(rows), free, sampled, source)
             guesses.append(_Guess(draft, _through_stop(draft.tokens[:keep], live.request.stop_tokens)))
-        return guesses
+        return guesses if len(rows) == 1 else self._bounded(rows, guesses)
+
+    def _bounded(self, rows: Sequence[LiveRow], guesses: Sequence[_Guess]) -> list[_Guess]:
+        """Guesses no longer than is worth it for the batch, all of whose rows are read as far as the longest guess.
+
+        Sampled drafts stay whole (see ``AdaptiveLength.trim``).
+        """
+        told = [
+            (live.request.id, guess.proposed.confidence[: guess.length], self._source(guess.proposed))
+            for live, guess in zip(rows, guesses, strict=True)
+            if guess.length
+        ]
+        most = self.length.together(told, len(rows))
+        return [each if each.probs is not None else _Guess(each.proposed, min(each.length, most)) for each in guesses]
 
     def _source(self, draft: Draft) -> str:
         return draft.source or self.drafter.name

@@ -222,6 +222,10 @@ class FixedLength:
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None: ...
 
+    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], rows: int) -> int:
+        """No bound but the length itself."""
+        return self.longest
+
     def padded(self, rows: int, n: int) -> int:
         """n: rounding depends on how many positions are read, and a fixed length is for repeatable runs."""
         return n
@@ -332,6 +336,18 @@ class AdaptiveLength:
             estimate.observe(confidences[index], index < matches)
         if matches and self._trials[row].pause:
             self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
+
+    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], rows: int) -> int:
+        """How many drafted tokens of each row to verify at most, all being read as far as one.
+
+        ``guesses``: row, confidences of what was trimmed already, source; of those rows that drafted anything.
+        """
+        survivals = [self._estimate(row, source).survival(confidences) for row, confidences, source in guesses]
+        longest = max(map(len, survivals), default=0)
+        gained = [sum(each[i] for each in survivals if i < len(each)) for i in range(longest)]
+        rates = [(rows + sum(gained[:n])) / self.costs.verify(rows * (1 + n)) for n in range(longest + 1)]
+        best = max(range(len(rates)), key=rates.__getitem__)
+        return best if rates[best] >= LEAST_GAIN * rates[0] else 0
 
     def padded(self, rows: int, n: int) -> int:
         """How many positions of each row to read where n are needed."""
