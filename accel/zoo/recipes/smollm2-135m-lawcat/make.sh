@@ -9,5 +9,5 @@ python ../retrieval-1m/tasks.py --tokenizer "$model" --count 200 --length 512 --
   > ../../../../build/smollm2-135m-lawcat/lessons.jsonl
 accel distill lawcat smollm2-135m-instruct --prompts ../smollm2-135m-draft/prompts.jsonl \
   --prompts ../../../../build/smollm2-135m-lawcat/lessons.jsonl --length 512 --batch-tokens 2048 --transfer-steps 60 \
-  --keep-softmax 20 --tune-steps 60 --tune-rate 1e-3 --tune-own --next-token 0 --held-out 0.005 --checkpoint-every 10 \
+  --keep-softmax 20 --tune-steps 30 --tune-rate 1e-3 --tune-own --next-token 0 --held-out 0.005 --checkpoint-every 10 \
   --work ../../../../build/smollm2-135m-lawcat/work --output ../../smollm2-135m-lawcat "$@"
