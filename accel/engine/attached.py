@@ -27,7 +27,7 @@ from accel.methods.cartridge.cartridge import Cartridge
 from accel.methods.lawcat.artifact import Lawcat
 from accel.models import cpu_linear
 from accel.models.diffusion import CONFIG_KEY, Denoiser, facts_of
-from accel.models.linear import target_for
+from accel.models.lean import target_for
 from accel.request_log import RequestLog
 from accel.types import Stats, options_from
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from accel.models.linear import Conversion, target_for
+from accel.models.lean import target_for
+from accel.models.linear import Conversion
 from accel.models.softmax_target import SoftmaxTarget
 
 # lengths that are timed: a shorter prompt is softmax's, a longer one is judged by the longest

@@ -14,7 +14,8 @@ from accel.engine.by_length import Times
 from accel.errors import AccelError, IncompatibleError, OptionError
 from accel.methods.cartridge.cartridge import Cartridge
 from accel.methods.lawcat.artifact import Lawcat
-from accel.models.linear import LinearSpec, LowRank, is_linear, target_for
+from accel.models.lean import target_for
+from accel.models.linear import LinearSpec, LowRank, is_linear
 from accel.models.row_cache import Segment
 
 NEW = 6

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from accel.models import cpu_linear
-from accel.models.lean import LeanDecoder, draft_reader, supports
+from accel.models.lean import LeanDraft, draft_reader, supports
 from accel.models.softmax_target import SoftmaxTarget
 
 VOCAB = 61
@@ -84,7 +84,7 @@ def from_scratch(model: PreTrainedModel, text: list[int], last: int) -> torch.Te
 def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str) -> None:
     model = made(name)
     reader = draft_reader(model)
-    assert isinstance(reader, LeanDecoder)
+    assert isinstance(reader, LeanDraft)
     torch.manual_seed(1)
     # past the first capacity of tails and rotations
     text = torch.randint(VOCAB, (300,)).tolist()
@@ -106,7 +106,7 @@ MODEL = made("llama")
 @given(st.lists(MOVE, min_size=1, max_size=6), st.integers(0, 2**20))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
-    reader = LeanDecoder(MODEL)
+    reader = LeanDraft(MODEL)
     generator = torch.Generator().manual_seed(seed)
     names = [reader.open() for _ in range(3)]
     texts: dict[int, list[int]] = {name: [] for name in names}
@@ -136,7 +136,7 @@ def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
 
 
 def test_kept_positions_are_the_asked_for_ones() -> None:
-    reader = LeanDecoder(MODEL)
+    reader = LeanDraft(MODEL)
     rows = [reader.open(), reader.open()]
     tokens = torch.arange(10).view(2, 5)
     every = reader.forward(tokens, rows)
@@ -145,7 +145,7 @@ def test_kept_positions_are_the_asked_for_ones() -> None:
 
 
 def test_a_row_does_not_depend_on_its_neighbours_with_8_bits_either() -> None:
-    reader = LeanDecoder(MODEL)
+    reader = LeanDraft(MODEL)
     ways = dict.fromkeys(cpu_linear.MEASURED_ROWS, "int8")
     for module in reader.linears:
         module.forward = cpu_linear._FastForward(module, ways)
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_its_neighbours_with_8_bits_either() -> None:
 @torch.no_grad()
 def test_changed_weights_are_followed(name: str) -> None:
     model = made(name)
-    reader = LeanDecoder(model)
+    reader = LeanDraft(model)
     before = from_scratch(model, [5, 9], 2)
     attention, mlp = model.model.layers[1].self_attn, model.model.layers[0].mlp
     for change in (
@@ -186,7 +186,7 @@ def test_changed_weights_are_followed(name: str) -> None:
 def test_half_precision_weights_are_read_in_fp32() -> None:
     model = made("llama").bfloat16()
     reader = draft_reader(model)
-    assert isinstance(reader, LeanDecoder)
+    assert isinstance(reader, LeanDraft)
     logits = reader.forward(torch.tensor([[5, 9, 2]]), [reader.open()])[0]
     assert logits.dtype == torch.float32
     assert error(logits, from_scratch(model.float(), [5, 9, 2], 3)) <= TOLERANCE
@@ -195,7 +195,7 @@ def test_half_precision_weights_are_read_in_fp32() -> None:
 @torch.no_grad()
 def test_a_model_that_changes_its_precision_is_followed() -> None:
     model = made("llama")
-    reader = LeanDecoder(model)
+    reader = LeanDraft(model)
     model.bfloat16()
     expected = from_scratch(made("llama").bfloat16().float(), [5, 9, 2], 3)
     assert error(reader.forward(torch.tensor([[5, 9, 2]]), [reader.open()])[0], expected) <= TOLERANCE

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from accel.models.linear.convert import (
     Conversion,
     LowRank,
@@ -18,7 +16,6 @@ from accel.models.linear.convert import (
 )
 from accel.models.linear.spec import FAMILIES, Heads, LinearSpec
 from accel.models.linear.target import LinearTarget
-from accel.models.softmax_target import SoftmaxTarget
 
 __all__ = [
     "FAMILIES",
@@ -34,11 +31,5 @@ __all__ = [
     "linear_layers",
     "own_parameters",
     "softmax_attention",
-    "target_for",
     "weight_shapes",
 ]
-
-
-def target_for(model: PreTrainedModel) -> SoftmaxTarget:
-    """What the rows of ``model`` are read with: states where it has linear layers, keys and values where not."""
-    return LinearTarget(model) if is_linear(model) else SoftmaxTarget(model)

@@ -10,7 +10,8 @@ from linear_models import convert, error, naive_logits
 
 from accel.axes import Target
 from accel.errors import IncompatibleError
-from accel.models.linear import LinearTarget, target_for
+from accel.models.lean import LeanTarget, target_for
+from accel.models.linear import LinearTarget
 from accel.models.linear.state import CAPACITY
 from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
@@ -230,7 +231,7 @@ def test_keep_asks_for_some_positions_in_any_piece(models):
 
 
 def test_the_right_target_is_found(tiny, models):
-    assert type(target_for(tiny.build("llama"))) is SoftmaxTarget
+    assert type(target_for(tiny.build("llama"))) is LeanTarget
     assert type(target_for(tiny.build("gpt2"))) is SoftmaxTarget
     assert isinstance(target_for(models["hybrid"]), LinearTarget)
 

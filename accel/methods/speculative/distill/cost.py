@@ -23,7 +23,7 @@ from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
 from accel.methods.speculative.distill.student import Shape, build
 from accel.models import cpu_linear
-from accel.models.lean import draft_reader
+from accel.models.lean import draft_reader, target_for
 from accel.models.softmax_target import SoftmaxTarget
 
 # steps that a draft makes between two of the target, which pushes the draft's weights out of the processor's cache
@@ -162,7 +162,7 @@ def table(
 @contextmanager
 def _stepper(model: PreTrainedModel, context: int, is_draft: bool = False) -> Iterator[Callable[[int], int]]:
     """A function that reads n tokens behind ``context`` others, names the next token and forgets them again."""
-    reader = draft_reader(model) if is_draft else SoftmaxTarget(model)
+    reader = draft_reader(model) if is_draft else target_for(model)
     installed = cpu_linear.install(reader.linears, may_round=is_draft)
     try:
         row = reader.open()
