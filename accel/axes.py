@@ -61,6 +61,14 @@ class Target(Protocol):
 
 
 @runtime_checkable
+class Ragged(Protocol):
+    """A target that reads rows of different lengths for the price of what they have."""
+
+    def forward_ragged(self, tokens: Tensor, rows: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+        """``forward`` of the first lengths[r] ≥ 1 of each row's tokens ``[R, n]`` → logits ``[lengths[r], V]`` each."""
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """Turns admitted requests into final tokens, a step at a time."""
 

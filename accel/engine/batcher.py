@@ -26,6 +26,7 @@ from accel.engine.stopping import RequestStopper
 from accel.engine.transformers_call import row_seed
 from accel.errors import IncompatibleError, OptionError
 from accel.methods import MethodInfo
+from accel.models.linear import LinearTarget
 from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
 from accel.types import Chunk, Request, Stats, options_from
@@ -114,7 +115,7 @@ class Batcher:
         self.max_positions: int | None = getattr(self.target, "max_positions", None)
         # ids of objects are given out again, these numbers are not
         self._segment_names: weakref.WeakKeyDictionary[Segment, int] = weakref.WeakKeyDictionary()
-        self.prefixes = Prefixes(prefix_bytes if type(self.target) is SoftmaxTarget else 0)
+        self.prefixes = Prefixes(prefix_bytes if _keeps_keys(self.target) else 0)
         self._bytes_per_token = _bytes_per_token(self.target)
         self._context_bytes = context_bytes or int(psutil.virtual_memory().available * SHARE_OF_FREE_MEMORY)
         self.lanes: dict[tuple[str, Any], Lane] = {}
@@ -454,9 +455,14 @@ class Batcher:
         return found
 
 
+def _keeps_keys(target: Any) -> bool:
+    """Whether rows are keys and values of their tokens alone, and no state."""
+    return isinstance(target, SoftmaxTarget) and not isinstance(target, LinearTarget)
+
+
 def _bytes_per_token(target: Any) -> int:
     """Keys and values of one position in all layers; 0 where rows have none or a state of one size."""
-    if type(target) is not SoftmaxTarget:
+    if not _keeps_keys(target):
         return 0
     config, model = target.config, target.model
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -8,6 +8,7 @@ place; a draft through copies of its matrices that are joined where they read on
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,15 +150,26 @@ class _Joined:
             self.linear.bias.copy_(torch.cat([part.bias for part in self.parts]))
 
 
-class _Norms:
+class _Layer(ABC):
+    """One decoder layer: its norms as they are, its products by name. ``[N, …]`` → ``[N, …]``."""
+
     def __init__(self, layer: Any) -> None:
         self.before_attention, self.before_mlp = layer.input_layernorm, layer.post_attention_layernorm
         # qwen3 also normalises each query and key
         self.query_norm = getattr(layer.self_attn, "q_norm", None)
         self.key_norm = getattr(layer.self_attn, "k_norm", None)
 
+    @abstractmethod
+    def qkv(self, x: Tensor) -> Tensor: ...
 
-class _OwnLayer(_Norms):
+    @abstractmethod
+    def out(self, x: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def mlp(self, x: Tensor) -> Tensor: ...
+
+
+class _OwnLayer(_Layer):
     """One decoder layer, its linear layers called where they stand."""
 
     def __init__(self, layer: Any) -> None:
@@ -169,14 +181,14 @@ class _OwnLayer(_Norms):
         return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
 
     def out(self, x: Tensor) -> Tensor:
-        return self._attention.o_proj(x)  # type: ignore[no-any-return]
+        return self._attention.o_proj(x)
 
     def mlp(self, x: Tensor) -> Tensor:
         mlp = self._mlp
-        return mlp.down_proj(F.silu(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))  # type: ignore[no-any-return]
+        return mlp.down_proj(F.silu(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
 
 
-class _JoinedLayer(_Norms):
+class _JoinedLayer(_Layer):
     """One decoder layer as four matrices."""
 
     def __init__(self, layer: Any) -> None:
@@ -191,14 +203,14 @@ class _JoinedLayer(_Norms):
         return [self._qkv, self._out, self._gate_up, self._down]
 
     def qkv(self, x: Tensor) -> Tensor:
-        return self._qkv.linear(x)  # type: ignore[no-any-return]
+        return self._qkv.linear(x)
 
     def out(self, x: Tensor) -> Tensor:
-        return self._out.linear(x)  # type: ignore[no-any-return]
+        return self._out.linear(x)
 
     def mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up.linear(x).chunk(2, -1)
-        return self._down.linear(F.silu(gate).mul_(up))  # type: ignore[no-any-return]
+        return self._down.linear(F.silu(gate).mul_(up))
 
 
 class LeanTarget(SoftmaxTarget):
@@ -215,11 +227,8 @@ class LeanTarget(SoftmaxTarget):
         self._head_size: int = model.model.layers[0].self_attn.head_dim
         self._scale = self._head_size**-0.5
         self._frame = _frame(model)
-        self._layers = self._read_layers(model)
+        self._layers: Sequence[_Layer] = [_OwnLayer(layer) for layer in model.model.layers]
         self._rotation = torch.empty(2, 0, 1, self._head_size, dtype=torch.float32)
-
-    def _read_layers(self, model: PreTrainedModel) -> Sequence[_OwnLayer | _JoinedLayer]:
-        return [_OwnLayer(layer) for layer in model.model.layers]
 
     def _may_run(self) -> bool:
         """Whether the pass of this class says what the model itself would say now."""
@@ -233,10 +242,10 @@ class LeanTarget(SoftmaxTarget):
         )
 
     def _embedded(self, tokens: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(tokens)  # type: ignore[no-any-return]
+        return self.model.model.embed_tokens(tokens)
 
     def _head(self, x: Tensor) -> Tensor:
-        return self.model.lm_head(x)  # type: ignore[no-any-return]
+        return self.model.lm_head(x)
 
     @torch.no_grad()
     def forward(
@@ -295,7 +304,7 @@ class LeanTarget(SoftmaxTarget):
     def _logits(self, x: Tensor) -> Tensor:
         return self._head(_normed(self.model.model.norm, x))
 
-    def _rotated(self, layer: _Norms, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def _rotated(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Queries ``[N, Hq, D]`` and keys ``[N, Hkv, D]``, turned to their positions."""
         if layer.query_norm is not None and layer.key_norm is not None:
             q = _normed(layer.query_norm, qkv[:, : self._heads])
@@ -337,12 +346,11 @@ class LeanDraft(LeanTarget):
     @torch.no_grad()
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__(model)
+        layers = [_JoinedLayer(layer) for layer in model.model.layers]
+        self._layers = layers
         self._joined_head = _Joined([model.lm_head])
-        self._joined = [*(joined for layer in self._layers for joined in layer.joined()), self._joined_head]
+        self._joined = [*(joined for layer in layers for joined in layer.joined()), self._joined_head]
         self.linears = nn.ModuleList([joined.linear for joined in self._joined])
-
-    def _read_layers(self, model: PreTrainedModel) -> list[_JoinedLayer]:
-        return [_JoinedLayer(layer) for layer in model.model.layers]
 
     def _may_run(self) -> bool:
         # changes of the weights are followed; everything else was looked at when the draft was attached
@@ -354,7 +362,7 @@ class LeanDraft(LeanTarget):
         return F.embedding(tokens, self.model.model.embed_tokens.weight).float()
 
     def _head(self, x: Tensor) -> Tensor:
-        return self._joined_head.linear(x)  # type: ignore[no-any-return]
+        return self._joined_head.linear(x)
 
     def _attend(self, q: Tensor, view: LayerView) -> Tensor:
         if len(q) == 1 and not view.step.rows[0].segments:

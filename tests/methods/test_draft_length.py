@@ -6,7 +6,7 @@ What the policy is worth in tokens a second is tested in simulated decoding at t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
@@ -28,6 +28,7 @@ from accel.methods.speculative.draft_length import (
     AdaptiveLength,
     Costs,
     FixedLength,
+    nearby,
 )
 
 # -- acceptance
@@ -299,13 +300,34 @@ def test_one_rows_draft_is_not_worth_a_whole_batch() -> None:
     for row in range(16):
         length.open(row)
     sure = [0.98] * 4
-    assert length.together([(0, sure, "")], 1) == 4
-    assert length.together([(0, sure, "")], 16) == 0
+
+    def drafts(num_sure: int, rows: int, ragged: bool = False, confidences: Sequence[float] = sure) -> list[int]:
+        guesses = [(row, confidences if row < num_sure else [], "") for row in range(rows)]
+        return length.together(guesses, ragged=ragged)
+
+    assert drafts(1, 1) == [4]
+    assert drafts(1, 16) == [0] * 16
     # all sixteen are sure: twice the time for nearly twice the tokens is no gain, and none is taken
-    assert length.together([(row, sure, "") for row in range(16)], 16) == 0
-    assert length.together([(row, sure, "") for row in range(4)], 4) == 1
-    assert length.together([], 4) == 0
-    assert FixedLength(3).together([(0, sure, "")], 16) == 3
+    assert drafts(16, 16) == [0] * 16
+    assert drafts(4, 4) == [1] * 4
+    assert drafts(0, 4) == [0] * 4
+    assert FixedLength(3).together([(0, sure, "")] * 16, ragged=False) == [3] * 16
+
+
+def test_rows_that_are_read_apart_are_drafted_for_apart() -> None:
+    """A position costs the same in every row: those likeliest to come true are read, whoever's they are."""
+    costs = Costs()
+    for positions in range(16, 60):
+        for _ in range(TRUSTED):
+            costs.observe_verify(positions, 16 + 0.7 * (positions - 16))
+    length = AdaptiveLength(4, costs)
+    for row in range(16):
+        length.open(row)
+    guesses = [(0, [0.95, 0.95, 0.95, 0.2], ""), (1, [0.9, 0.3], ""), (2, [0.4, 0.98], ""), (3, [0.95], "")]
+    rest = [(row, [], "") for row in range(4, 16)]
+    assert length.together([*guesses, *rest], ragged=True) == [3, 1, 0, 1, *[0] * 12]
+    assert length.together([(0, [0.95], ""), *((row, [], "") for row in range(1, 16))], ragged=True) == [0] * 16, "3 %"
+    assert nearby(16, 16) == 16 and nearby(17, 16) == nearby(20, 16) == 20 and nearby(21, 16) == 24
 
 
 def test_trim_says_plain_where_speculation_loses() -> None:

@@ -5,6 +5,8 @@ Tolerance: RMS(error)/RMS(reference) ≤ 1e-5 in fp32: the same products, some s
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from accel.models import cpu_linear
-from accel.models.lean import LeanDraft, draft_reader, supports
+from accel.models.lean import LeanDraft, LeanTarget, draft_reader, supports, target_for
 from accel.models.softmax_target import SoftmaxTarget
 
 VOCAB = 61
@@ -80,11 +82,12 @@ def from_scratch(model: PreTrainedModel, text: list[int], last: int) -> torch.Te
     return model(torch.tensor([text]), use_cache=False).logits[0, -last:].float()
 
 
+@pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str) -> None:
+def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str, kind: type[LeanTarget]) -> None:
     model = made(name)
-    reader = draft_reader(model)
-    assert isinstance(reader, LeanDraft)
+    reader = (draft_reader if kind is LeanDraft else target_for)(model)
+    assert type(reader) is kind
     torch.manual_seed(1)
     # past the first capacity of tails and rotations
     text = torch.randint(VOCAB, (300,)).tolist()
@@ -133,6 +136,82 @@ def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
     assert reader.state_bytes() == held * 2 * 2 * 2 * 8 * 4
     reader.close(names)
     assert reader.state_bytes() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
+def test_rows_of_different_lengths_are_read_as_far_as_each_goes(name: str, kind: type[LeanTarget]) -> None:
+    model = made(name)
+    reader = kind(model)
+    generator = torch.Generator().manual_seed(1)
+    names = [reader.open() for _ in range(3)]
+    texts: list[list[int]] = [[] for _ in names]
+    positions = 0
+    head = reader.linears[-1] if kind is LeanDraft else model.lm_head
+    hook = head.register_forward_hook(lambda _, given, out: counted.append(len(given[0])))
+    counted: list[int] = []
+    for lengths, kept in (
+        ([4, 1, 2], [3, 1, 0]),
+        ([1, 5, 1], [1, 5, 1]),
+        ([2, 2, 2], [2, 0, 1]),
+        ([1, 1, 6], [1, 1, 6]),
+    ):
+        tokens = torch.randint(VOCAB, (3, max(lengths)), generator=generator)
+        found = reader.forward_ragged(tokens, names, lengths)
+        for place, logits in enumerate(found):
+            own = tokens[place, : lengths[place]].tolist()
+            assert logits.shape == (lengths[place], VOCAB)
+            assert error(logits, from_scratch(model, texts[place] + own, lengths[place])) <= TOLERANCE
+            texts[place] += own[: kept[place]]
+        positions += sum(lengths)
+        reader.commit(kept, names)
+    hook.remove()
+    if kind is LeanDraft:
+        assert sum(counted) == positions
+    assert [reader.num_positions(name) for name in names] == [len(text) for text in texts]
+
+
+class Doubled(nn.Module):
+    """What LoRA and its like put in a linear layer's place."""
+
+    def __init__(self, inner: nn.Linear) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * self.inner(x)
+
+
+@torch.no_grad()
+def test_a_target_is_read_as_it_stands_now() -> None:
+    model = made("llama")
+    reader = target_for(model)
+    assert type(reader) is LeanTarget
+    layer = model.model.layers[0]
+    heard: list[int] = []
+
+    def check() -> torch.Tensor:
+        row, expected = reader.open(), from_scratch(model, [5, 9], 2)
+        heard.clear()
+        got = reader.forward(torch.tensor([[5, 9]]), [row])[0]
+        again = reader.forward_ragged(torch.tensor([[5, 9, 1], [5, 9, 2]]), [reader.open(), reader.open()], [2, 3])[0]
+        assert max(error(got, expected), error(again, expected)) <= TOLERANCE
+        return got
+
+    seen = [check()]
+    layer.self_attn.q_proj = Doubled(layer.self_attn.q_proj)
+    seen.append(check())
+    layer.mlp.act_fn = nn.ReLU()
+    seen.append(check())
+    model.model.layers[1].mlp = Doubled(model.model.layers[1].mlp)
+    seen.append(check())
+    hook = layer.register_forward_hook(lambda *_: heard.append(1))
+    check()
+    assert len(heard) == 2, "a hook is called in every pass"
+    hook.remove()
+    check()
+    assert not heard
+    assert all(error(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
 
 
 def test_kept_positions_are_the_asked_for_ones() -> None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from accel.axes import Target
+from accel.axes import Ragged, Target
 from accel.drafters.base import Ask, Draft, Drafter, drafts_at_once, leaves, open_row, target_readers
 from accel.errors import IncompatibleError
 from accel.kernels.verify import accept, draw, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
-from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength
+from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength, nearby
 from accel.methods.speculative.options import SpeculativeOptions
 from accel.sampling import checked
 from accel.types import Emission, Request, Stats
@@ -79,6 +79,8 @@ class SpeculativeDecoder(RowDecoder):
         # whose tokens cost something: at most one of the parts of a cascade that accel builds
         self.paid = next((part.name for part in parts if not part.free), "")
         self.is_mixed = bool(self.paid and self.free)
+        # who reads hidden states has the target's own pass run, over rows of one length
+        self._ragged = target if isinstance(target, Ragged) and not self.readers else None
         self.length = speculator.length
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
@@ -116,19 +118,33 @@ class SpeculativeDecoder(RowDecoder):
         start = time.perf_counter()
         guesses = self._draft(rows)
         drafted = time.perf_counter()
-        # what stands behind a row's own guess is never looked at
-        n = self.length.padded(len(rows), 1 + max(guess.length for guess in guesses))
-        tokens = torch.zeros(len(rows), n, dtype=torch.long)
-        for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
-            tokens[index, : 1 + guess.length] = torch.tensor([live.pending, *guess.tokens])
         names = [live.row for live in rows]
-        logits = self.target.forward(tokens.to(self.target.device), names)  # [R, n, V]
+        logits, num_read = self._read(rows, names, guesses)
         verdicts = self._verify(rows, guesses, logits)
         self.target.commit([1 + v.num_accepted for v in verdicts], names)
         emissions = [self._settle(*each) for each in zip(rows, guesses, verdicts, logits, strict=True)]
         done = time.perf_counter()
-        self._account(len(rows), n, guesses, drafting=drafted - start, verifying=done - drafted)
+        self._account(len(rows), num_read, guesses, drafting=drafted - start, verifying=done - drafted)
         return emissions
+
+    def _read(
+        self, rows: Sequence[LiveRow], names: Sequence[int], guesses: Sequence[_Guess]
+    ) -> tuple[Sequence[Tensor] | Tensor, int]:
+        """The target's logits of each row, ``[n, V]`` with n > its guess, and as how many positions that counts."""
+        lengths = [1 + guess.length for guess in guesses]
+        longest = max(lengths)
+        # what stands behind a row's own guess is never looked at
+        n = longest if self._reads_ragged(rows) else self.length.padded(len(rows), longest)
+        tokens = torch.zeros(len(rows), n, dtype=torch.long)
+        for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
+            tokens[index, : lengths[index]] = torch.tensor([live.pending, *guess.tokens])
+        if self._ragged is not None and self._reads_ragged(rows):
+            return self._ragged.forward_ragged(tokens, names, lengths), nearby(sum(lengths), len(rows))
+        return self.target.forward(tokens.to(self.target.device), names), len(rows) * n
+
+    def _reads_ragged(self, rows: Sequence[LiveRow]) -> bool:
+        """Whether rows are read as far as their own guesses, and not as far as the longest one."""
+        return self._ragged is not None and len(rows) > 1
 
     def _draft(self, rows: Sequence[LiveRow]) -> list[_Guess]:
         """Ask the drafter for the rows that may draft this round, and trim what it says to what is worth verifying."""
@@ -151,17 +167,16 @@ class SpeculativeDecoder(RowDecoder):
         return guesses if len(rows) == 1 else self._bounded(rows, guesses)
 
     def _bounded(self, rows: Sequence[LiveRow], guesses: Sequence[_Guess]) -> list[_Guess]:
-        """Guesses no longer than is worth it for the batch, all of whose rows are read as far as the longest guess.
-
-        Sampled drafts stay whole (see ``AdaptiveLength.trim``).
-        """
+        """Guesses no longer than is worth it for the batch. Sampled drafts stay whole (see ``AdaptiveLength.trim``)."""
         told = [
             (live.request.id, guess.proposed.confidence[: guess.length], self._source(guess.proposed))
             for live, guess in zip(rows, guesses, strict=True)
-            if guess.length
         ]
-        most = self.length.together(told, len(rows))
-        return [each if each.probs is not None else _Guess(each.proposed, min(each.length, most)) for each in guesses]
+        most = self.length.together(told, ragged=self._reads_ragged(rows))
+        return [
+            guess if guess.probs is not None else _Guess(guess.proposed, min(guess.length, length))
+            for guess, length in zip(guesses, most, strict=True)
+        ]
 
     def _source(self, draft: Draft) -> str:
         return draft.source or self.drafter.name
@@ -187,18 +202,22 @@ class SpeculativeDecoder(RowDecoder):
             return live.num_left
         return self.target.max_positions - self.target.num_positions(live.row) - 1
 
-    def _verify(self, rows: Sequence[LiveRow], guesses: Sequence[_Guess], logits: Tensor) -> list[_Verdict]:
+    def _verify(
+        self, rows: Sequence[LiveRow], guesses: Sequence[_Guess], logits: Sequence[Tensor] | Tensor
+    ) -> list[_Verdict]:
         """A verdict per row. Rows that can be judged alike are judged in one call; the rest one by one."""
         verdicts: dict[int, _Verdict] = {}
-        together: dict[tuple[bool, bool], list[int]] = {}
+        together: dict[tuple[bool, bool, int], list[int]] = {}
         for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
             has_q = guess.probs is not None and guess.length > 0
             drawn = live.request.do_sample and not has_q and self.options.lenience is None
             if live.sampler.pipeline.rowwise and not drawn:
-                together.setdefault((live.request.do_sample, has_q), []).append(index)
+                # of one length where none is padded: what would be copied to pad them is a vocabulary wide
+                length = guess.length if self._reads_ragged(rows) else 0
+                together.setdefault((live.request.do_sample, has_q, length), []).append(index)
             else:
                 verdicts[index] = self._verify_in_order(live, guess, logits[index])
-        for (sampled, has_q), members in together.items():
+        for (sampled, has_q, _), members in together.items():
             chosen = [(rows[i], guesses[i], logits[i]) for i in members]
             verdicts.update(zip(members, self._verify_together(chosen, sampled, has_q), strict=True))
         return [verdicts[index] for index in range(len(rows))]
@@ -274,8 +293,8 @@ class SpeculativeDecoder(RowDecoder):
         scores = None if verdict.scores is None else verdict.scores[: kept + 1]
         return self.emit(live, tokens, logits[: kept + 1], scores)
 
-    def _account(self, rows: int, n: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
-        self.costs.observe_verify(rows * n, verifying)
+    def _account(self, rows: int, num_read: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
+        self.costs.observe_verify(num_read, verifying)
         # in a cascade, what a free guess took says nothing of the tokens that cost something
         paid = [guess for guess in guesses if not (self.is_mixed and self._is_free(guess.proposed))]
         # rows draft side by side: the round takes as many steps as its longest draft has tokens

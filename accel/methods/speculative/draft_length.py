@@ -25,12 +25,14 @@ ROW_FORGET = 0.95
 ASSUMED_COST_PER_POSITION = 0.03
 # recent timings kept per number of positions
 WINDOW = 15
+# rows that are read as far as each one's own guess: so many more positions than rows share their timings
+NEARBY = 4
 # timings of a number of positions until they are believed alone; before, the assumption votes with them, because one
 # slow moment of the machine would otherwise end drafting for good
 TRUSTED = 4
 # A pass over a few more positions may be faster: kernels like some counts better than others. It is taken if timed this
 # much below what is needed. Whether it is gets found out by padding by TRIED_PADDING, one step in so many, until timed.
-MOST_PADDING, WORTH_PADDING = 3, 0.97
+MOST_PADDING, MOST_PADDED, WORTH_PADDING = 3, 16, 0.97
 TRIED_PADDING, TRY_EVERY = 2, 4
 # steps after which a timing is forgotten: the machine, or its other work, may have changed meanwhile
 MEMORY = 128
@@ -170,7 +172,8 @@ class Costs:
     def padded(self, rows: int, n: int) -> int:
         """n, or so many more positions a row as were timed to make the whole step faster, or are to be tried."""
         own = self._trusted(rows * n)
-        if own is None:
+        # which kernel takes how many is a matter of few positions, and trying is dear with many
+        if own is None or rows * n > MOST_PADDED:
             return n
         tried = n + TRIED_PADDING
         if self._num_steps % TRY_EVERY == 0 and self._trusted(rows * tried) is None:
@@ -222,9 +225,9 @@ class FixedLength:
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None: ...
 
-    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], rows: int) -> int:
+    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], ragged: bool) -> list[int]:
         """No bound but the length itself."""
-        return self.longest
+        return [self.longest] * len(guesses)
 
     def padded(self, rows: int, n: int) -> int:
         """n: rounding depends on how many positions are read, and a fixed length is for repeatable runs."""
@@ -337,15 +340,27 @@ class AdaptiveLength:
         if matches and self._trials[row].pause:
             self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
 
-    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], rows: int) -> int:
-        """How many drafted tokens of each row to verify at most, all being read as far as one.
+    def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], ragged: bool) -> list[int]:
+        """How many drafted tokens of each row of a batch to verify at most.
 
-        ``guesses``: row, confidences of what was trimmed already, source; of those rows that drafted anything.
+        ``guesses``: row, confidences of what was trimmed already (none, where it drafted nothing), source; of all rows.
+        ``ragged``: rows are read as far as their own guesses, and not all of them as far as the longest.
         """
-        survivals = [self._estimate(row, source).survival(confidences) for row, confidences, source in guesses]
-        longest = max(map(len, survivals), default=0)
+        survivals = [self._estimate(row, source).survival(each) if each else [] for row, each, source in guesses]
+        rows = len(guesses)
+        if ragged:
+            # a token is never likelier to come true than the one before it: the best of all are prefixes of each
+            gained = sorted((chance for each in survivals for chance in each), reverse=True)
+            best = self._best(rows, gained, 1)
+            least = gained[best - 1] if best else 2.0
+            return [sum(chance >= least for chance in each) for each in survivals]
+        longest = max(map(len, survivals))
         gained = [sum(each[i] for each in survivals if i < len(each)) for i in range(longest)]
-        rates = [(rows + sum(gained[:n])) / self.costs.verify(rows * (1 + n)) for n in range(longest + 1)]
+        return [self._best(rows, gained, rows)] * rows
+
+    def _best(self, rows: int, gained: Sequence[float], positions: int) -> int:
+        """How many steps of so many positions are worth it, where each brings the tokens ``gained``."""
+        rates = [(rows + sum(gained[:n])) / self.costs.verify(rows + n * positions) for n in range(len(gained) + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         return best if rates[best] >= LEAST_GAIN * rates[0] else 0
 
@@ -367,6 +382,11 @@ class AdaptiveLength:
 
 def _bin(confidence: float) -> int:
     return min(int(confidence * NUM_BINS), NUM_BINS - 1)
+
+
+def nearby(positions: int, rows: int) -> int:
+    """The number of positions under which a step of so many, of so many rows, is timed."""
+    return rows + math.ceil((positions - rows) / NEARBY) * NEARBY
 
 
 def _assumed(seconds: float, positions: int, wanted: int) -> float:

@@ -24,7 +24,6 @@ from accel.errors import OptionError
 from accel.methods.speculative.distill.student import Shape, build
 from accel.models import cpu_linear
 from accel.models.lean import draft_reader, target_for
-from accel.models.softmax_target import SoftmaxTarget
 
 # steps that a draft makes between two of the target, which pushes the draft's weights out of the processor's cache
 DRAFT_STEPS = 4
