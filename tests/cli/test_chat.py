@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -228,3 +229,5 @@ def _own_terminal() -> None:
 
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    # a shell starts what runs in its background deaf to Ctrl-C, and so would we be if the tests ran there
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
