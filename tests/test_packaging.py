@@ -90,6 +90,8 @@ def test_wheel_holds_every_package_and_no_bare_folder(root: Path, wheel: zipfile
             if any(parent.is_symlink() for parent in path.parents):
                 continue  # the links for type checkers
             assert f"{package.replace('.', '/')}/{inside.as_posix()}" in names, f"{path} is not in the wheel"
+    for path in (root / "kernels").rglob("*.c"):
+        assert f"accel/{path.relative_to(root).as_posix()}" in names
     for path in (root / "bench" / "data").iterdir():
         assert f"accel/bench/data/{path.name}" in names
     assert not [name for name in names if "/results/" in name or "/recipes/" in name]

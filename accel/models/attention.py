@@ -95,6 +95,11 @@ def using_rows(config: PreTrainedConfig) -> Iterator[None]:
         config._attn_implementation_internal = before
 
 
+def is_watched() -> bool:
+    """Whether queries must pass through ``row_attention``, where somebody looks at them."""
+    return _watcher.get() is not None
+
+
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
     """Show every layer's queries to ``watcher`` for the length of the context, in this thread alone."""

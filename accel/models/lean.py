@@ -3,13 +3,14 @@
 Between its products a general model class spends several times what a draft of a few million parameters multiplies in
 all, and a fifth of a step of a model of 100 million. This is the same decoder (RMSNorm, rotary embeddings, grouped
 heads, gated SiLU) over the same rows. A target is read through the model's own linear layers, whatever stands in their
-place; a draft through copies of its matrices that are joined where they read one input.
+place; a draft through copies of its matrices that are joined where they read one input. What lies between the products
+is compiled (``accel.kernels.row_step``) where the machine has a C compiler.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from accel.models.attention import row_attention
+from accel.artifacts.resolve import cache_folder
+from accel.kernels import row_step
+from accel.kernels.row_step import reference
+from accel.kernels.row_step.compiled import HEAD_SIZE_MULTIPLE, MAX_HEAD_SIZE
+from accel.models.attention import is_watched, row_attention
 from accel.models.linear import LinearTarget, is_linear
-from accel.models.row_cache import MIN_TAIL_CAPACITY, LayerView, Step
+from accel.models.row_cache import MIN_TAIL_CAPACITY, Step
 from accel.models.softmax_target import SoftmaxTarget
 
 # Proved equal to transformers' own by tests/models/test_lean.py
@@ -34,6 +39,11 @@ CLASSES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausa
 ROTATIONS = frozenset({"default", "linear", "llama3", "yarn"})
 # with more than these, products outweigh calls, and joined weights are a copy worth saving
 MAX_PARAMETERS = 100_000_000
+# SDPA's larger tiles read keys fewer times: it wins where a row brings more tokens
+MAX_COMPILED_TOKENS = 256
+
+# (layer, queries [N, H · D], keys and values [N, Hkv · D]) → [N, H · D]
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 def target_for(model: PreTrainedModel) -> SoftmaxTarget:
@@ -160,13 +170,16 @@ class _Layer(ABC):
         self.key_norm = getattr(layer.self_attn, "k_norm", None)
 
     @abstractmethod
-    def qkv(self, x: Tensor) -> Tensor: ...
+    def qkv(self, x: Tensor) -> Sequence[Tensor]: ...
 
     @abstractmethod
     def out(self, x: Tensor) -> Tensor: ...
 
     @abstractmethod
-    def mlp(self, x: Tensor) -> Tensor: ...
+    def gate_up(self, x: Tensor) -> Sequence[Tensor]: ...
+
+    @abstractmethod
+    def down(self, x: Tensor) -> Tensor: ...
 
 
 class _OwnLayer(_Layer):
@@ -176,16 +189,18 @@ class _OwnLayer(_Layer):
         super().__init__(layer)
         self._attention, self._mlp = layer.self_attn, layer.mlp
 
-    def qkv(self, x: Tensor) -> Tensor:
+    def qkv(self, x: Tensor) -> Sequence[Tensor]:
         attention = self._attention
-        return torch.cat([attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)], -1)
+        return attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
 
     def out(self, x: Tensor) -> Tensor:
         return self._attention.o_proj(x)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        mlp = self._mlp
-        return mlp.down_proj(F.silu(mlp.gate_proj(x)).mul_(mlp.up_proj(x)))
+    def gate_up(self, x: Tensor) -> Sequence[Tensor]:
+        return self._mlp.gate_proj(x), self._mlp.up_proj(x)
+
+    def down(self, x: Tensor) -> Tensor:
+        return self._mlp.down_proj(x)
 
 
 class _JoinedLayer(_Layer):
@@ -195,6 +210,7 @@ class _JoinedLayer(_Layer):
         super().__init__(layer)
         attention, mlp = layer.self_attn, layer.mlp
         self._qkv = _Joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._sizes = [part.out_features for part in self._qkv.parts]
         self._out = _Joined([attention.o_proj])
         self._gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
         self._down = _Joined([mlp.down_proj])
@@ -202,15 +218,17 @@ class _JoinedLayer(_Layer):
     def joined(self) -> list[_Joined]:
         return [self._qkv, self._out, self._gate_up, self._down]
 
-    def qkv(self, x: Tensor) -> Tensor:
-        return self._qkv.linear(x)
+    def qkv(self, x: Tensor) -> Sequence[Tensor]:
+        return self._qkv.linear(x).split(self._sizes, -1)
 
     def out(self, x: Tensor) -> Tensor:
         return self._out.linear(x)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up.linear(x).chunk(2, -1)
-        return self._down.linear(F.silu(gate).mul_(up))
+    def gate_up(self, x: Tensor) -> Sequence[Tensor]:
+        return self._gate_up.linear(x).chunk(2, -1)
+
+    def down(self, x: Tensor) -> Tensor:
+        return self._down.linear(x)
 
 
 class LeanTarget(SoftmaxTarget):
@@ -228,7 +246,9 @@ class LeanTarget(SoftmaxTarget):
         self._scale = self._head_size**-0.5
         self._frame = _frame(model)
         self._layers: Sequence[_Layer] = [_OwnLayer(layer) for layer in model.model.layers]
-        self._rotation = torch.empty(2, 0, 1, self._head_size, dtype=torch.float32)
+        # cosine and signed sine of every position so far
+        self._angles = torch.empty(2, 0, self._head_size, dtype=torch.float32)
+        self._compiled = row_step.compiled(cache_folder() / "compiled")
 
     def _may_run(self) -> bool:
         """Whether the pass of this class says what the model itself would say now."""
@@ -272,72 +292,89 @@ class LeanTarget(SoftmaxTarget):
         n = tokens.shape[1]
         if not self._may_run():
             return [each[:length] for each, length in zip(super().forward(tokens, rows), lengths, strict=True)]
-        step = self.cache.begin(rows, n)
-        present = torch.arange(n) < torch.tensor(lengths)[:, None]
-        x = self._pass(tokens, step, None if bool(present.all()) else present.flatten().nonzero()[:, 0])
+        x = self._pass(tokens, self.cache.begin(rows, n), None if min(lengths) == n else lengths)
         return list(self._logits(x).split(list(lengths)))
 
-    def _pass(self, tokens: Tensor, step: Step, present: Tensor | None) -> Tensor:
-        """tokens ``[R, n]`` → hidden states ``[N, H]`` before the last norm: of all R · n, or of ``present``."""
-        n, size = step.n, self._head_size
-        cos, sin = self._rotations(step)
-        flat = tokens.reshape(-1)
-        if present is not None:
-            flat, cos, sin = flat[present], cos[present], sin[present]
+    def _pass(self, tokens: Tensor, step: Step, lengths: Sequence[int] | None) -> Tensor:
+        """tokens ``[R, n]`` → hidden states ``[N, H]`` before the last norm: of all R · n, or of each row's first."""
+        flat, present = tokens.reshape(-1), None
+        if lengths is not None:
+            present = (torch.arange(step.n) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
+            flat = flat[present]
+        self._know_angles(max(step.first_positions) + step.n)
+        attend = self._compiled_attention(step, lengths) or self._attention(step, present)
+        between = self._compiled or reference
         x = self._embedded(flat)
+        delta = None
         for index, layer in enumerate(self._layers):
-            qkv = layer.qkv(_normed(layer.before_attention, x))
-            qkv = qkv.view(len(x), self._heads + 2 * self._kv_heads, size)
-            q, k = self._rotated(layer, qkv, cos, sin)
-            v = qkv[:, -self._kv_heads :]
+            q, k, v = layer.qkv(between.add_norm(x, delta, *_norm(layer.before_attention)))
+            if layer.query_norm is not None and layer.key_norm is not None:
+                q, k = self._normed_heads(layer.query_norm, q), self._normed_heads(layer.key_norm, k)
+            delta = layer.out(attend(index, q, k, v))
+            gate, up = layer.gate_up(between.add_norm(x, delta, *_norm(layer.before_mlp)))
+            delta = layer.down(between.silu_mul(gate, up))
+        return x if delta is None else x.add_(delta)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        between = self._compiled or reference
+        return self._head(between.add_norm(x, None, *_norm(self.model.model.norm)))
+
+    def _normed_heads(self, norm: Any, x: Tensor) -> Tensor:
+        """RMSNorm of every head of ``[N, H · D]``."""
+        weight, eps = _norm(norm)
+        return reference.add_norm(x.unflatten(-1, (-1, self._head_size)), None, weight, eps).flatten(1)
+
+    def _compiled_attention(self, step: Step, lengths: Sequence[int] | None) -> Attend | None:
+        """The attention of this step over rows' tails, compiled; None where that cannot be or does not pay."""
+        size = self._head_size
+        if (
+            self._compiled is None
+            or size % HEAD_SIZE_MULTIPLE
+            or size > MAX_HEAD_SIZE
+            or step.n > MAX_COMPILED_TOKENS
+            or any(row.segments for row in step.rows)
+            or is_watched()
+        ):
+            return None
+        compiled, (cosine, sine) = self._compiled, self._angles.unbind()
+        counts = [step.n] * len(step.rows) if lengths is None else lengths
+        rows = row_step.layout([row.slot for row in step.rows], step.starts, step.first_positions, counts)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.cache.tails(layer, self._kv_heads, size, k)
+            return compiled.attend(q, k, v, rows, cosine, sine, keys, values, scale=self._scale)
+
+        return attend
+
+    def _attention(self, step: Step, present: Tensor | None) -> Attend:
+        """The attention of this step in torch, whatever the rows are made of."""
+        n, size, num_tokens = step.n, self._head_size, len(step.rows) * step.n
+        positions = (torch.tensor(step.first_positions)[:, None] + torch.arange(n)).flatten()
+        cosine, sine = self._angles[:, positions if present is None else positions[present], None].unbind()
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (each.unflatten(-1, (-1, size)) for each in (q, k, v))
+            q, k = reference.rotate(q, cosine, sine), reference.rotate(k, cosine, sine)
             if present is not None:
                 # attention and rows want every row as long as the longest; that is the cheap part
                 q, k, v = (
-                    each.new_zeros(tokens.numel(), *each.shape[1:]).index_copy_(0, present, each) for each in (q, k, v)
+                    each.new_zeros(num_tokens, *each.shape[1:]).index_copy_(0, present, each) for each in (q, k, v)
                 )
-            view, _ = self.cache.update(*(each.unflatten(0, (-1, n)).transpose(1, 2) for each in (k, v)), index)
-            seen = self._attend(q, view)
-            x = x + layer.out(seen if present is None else seen[present])
-            x = x + layer.mlp(_normed(layer.before_mlp, x))
-        return x
+            q, k, v = (each.unflatten(0, (-1, n)).transpose(1, 2) for each in (q, k, v))
+            view, _ = self.cache.update(k, v, layer)
+            out, _ = row_attention(self.model, q, view, view, None, scaling=self._scale)
+            out = out.reshape(num_tokens, -1)
+            return out if present is None else out[present]
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return self._head(_normed(self.model.model.norm, x))
+        return attend
 
-    def _rotated(self, layer: _Layer, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries ``[N, Hq, D]`` and keys ``[N, Hkv, D]``, turned to their positions."""
-        if layer.query_norm is not None and layer.key_norm is not None:
-            q = _normed(layer.query_norm, qkv[:, : self._heads])
-            k = _normed(layer.key_norm, qkv[:, self._heads : self._heads + self._kv_heads])
-            both = torch.cat([q, k], 1)
-        else:
-            both = qkv[:, : self._heads + self._kv_heads]
-        # rotate_half is a roll by half, its sign is in the table
-        turned = torch.addcmul(both * cos, both.roll(self._head_size // 2, -1), sin)
-        return turned[:, : self._heads], turned[:, self._heads :]
-
-    def _attend(self, q: Tensor, view: LayerView) -> Tensor:
-        """Queries ``[R·n, Hq, D]`` over what their rows hold → ``[R·n, Hq · D]``."""
-        queries = q.unflatten(0, (-1, view.step.n)).transpose(1, 2)
-        out, _ = row_attention(self.model, queries, view, view, None, scaling=self._scale)
-        return out.reshape(len(q), -1)
-
-    def _rotations(self, step: Step) -> tuple[Tensor, Tensor]:
-        """cos and signed sin ``[R·n, 1, D]`` of the new positions."""
-        starts, n = step.first_positions, step.n
-        end = max(starts) + n
-        if end > self._rotation.shape[1]:
+    def _know_angles(self, end: int) -> None:
+        """Make the tables of the rotation reach position ``end``."""
+        if end > self._angles.shape[1]:
             positions = torch.arange(max(MIN_TAIL_CAPACITY, 2 * end))
-            cos, sin = self.model.model.rotary_emb(self._rotation, positions[None])
+            cos, sin = self.model.model.rotary_emb(self._angles, positions[None])
             half = self._head_size // 2
-            signed = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-            self._rotation = torch.stack([cos[0], signed[0]])[:, :, None]
-        if len(starts) == 1:
-            cos, sin = self._rotation[:, starts[0] : end].unbind()
-        else:
-            positions = (torch.tensor(starts)[:, None] + torch.arange(n)).flatten()
-            cos, sin = self._rotation[:, positions].unbind()
-        return cos, sin
+            self._angles = torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)])
 
 
 class LeanDraft(LeanTarget):
@@ -364,13 +401,7 @@ class LeanDraft(LeanTarget):
     def _head(self, x: Tensor) -> Tensor:
         return self._joined_head.linear(x)
 
-    def _attend(self, q: Tensor, view: LayerView) -> Tensor:
-        if len(q) == 1 and not view.step.rows[0].segments:
-            # heads that share keys are rows of one product; SDPA takes longer over its arguments than over this
-            weights = (q.view(self._kv_heads, -1, self._head_size) * self._scale) @ view.keys[0].transpose(1, 2)
-            return (weights.softmax(-1) @ view.values[0]).view(1, -1)
-        return super()._attend(q, view)
 
-
-def _normed(norm: Any, x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], norm.weight.float(), norm.variance_epsilon)
+def _norm(norm: Any) -> tuple[Tensor, float]:
+    """An RMSNorm's weight and epsilon."""
+    return norm.weight.float(), norm.variance_epsilon

@@ -228,7 +228,7 @@ class RowCache(Cache):
         for store, given in ((self._keys, segment.keys), (self._values, segment.values)):
             for layer, new in enumerate(given):
                 if layer == len(store):
-                    store.append(self._empty(new[None], length))
+                    store.append(self._empty(new, new.shape[0], new.shape[2], length))
                 store[layer] = self._grown(store[layer], length)
                 self._write(store[layer], new[None, :, :length], step)
         for layer in range(len(segment.keys)):
@@ -276,14 +276,27 @@ class RowCache(Cache):
         assert step is not None, "begin() announces every forward pass"
         layer_idx = self._places.setdefault(layer_idx, len(self._places))
         if layer_idx == len(self._keys):
-            self._keys.append(self._empty(key_states, step.end))
-            self._values.append(self._empty(value_states, step.end))
+            for store, new in ((self._keys, key_states), (self._values, value_states)):
+                store.append(self._empty(new, new.shape[1], new.shape[3], step.end))
         self._write(self._keys[layer_idx], key_states, step)
         self._write(self._values[layer_idx], value_states, step)
         if not self.views:
             return self.gather(layer_idx, step)
         view = LayerView(_read(self._keys[layer_idx], step), _read(self._values[layer_idx], step), step, layer_idx)
         return view, view
+
+    def tails(self, layer: int, kv_heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's stores ``[slots, Hkv, capacity, D]``, for a pass that writes its keys and values itself.
+
+        Keys and values are ``like`` in type; both have heads of one size.
+        """
+        step = self._step
+        assert step is not None, "begin() announces every forward pass"
+        place = self._places.setdefault(layer, len(self._places))
+        if place == len(self._keys):
+            for store in (self._keys, self._values):
+                store.append(self._empty(like, kv_heads, size, step.end))
+        return self._keys[place], self._values[place]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Left-padded length of the context before the pass under way."""
@@ -330,10 +343,10 @@ class RowCache(Cache):
             step.positions = torch.tensor(starts, device=new.device)[:, None] + torch.arange(step.n, device=new.device)
         store[step.slots, :, step.positions] = new.transpose(1, 2)  # [R, n, Hkv, D]
 
-    def _empty(self, like: Tensor, length: int) -> Tensor:
+    def _empty(self, like: Tensor, kv_heads: int, size: int, length: int) -> Tensor:
         # zeros, not empty: masked positions are multiplied by a zero weight, and 0 · NaN is NaN
         capacity = max(MIN_TAIL_CAPACITY, _next_power_of_two(length))
-        return like.new_zeros(max(1, self._num_slots), like.shape[1], capacity, like.shape[3])
+        return like.new_zeros(max(1, self._num_slots), kv_heads, capacity, size)
 
     def _grown(self, store: Tensor, length: int) -> Tensor:
         slots, _, capacity, _ = store.shape

@@ -14,9 +14,13 @@ from transformers import LogitsProcessor, TemperatureLogitsWarper
 import accel
 from accel.engine.attached import STATE
 from accel.engine.jobs import ClosedError, Done, Failed, Job, Piece, QueueFullError
+from accel.engine.loop import Engine
 from accel.engine.service import Service, serve
+from accel.engine.stopping import RequestStopper
 from accel.errors import AccelError, OptionError
+from accel.methods.plain.decoder import PlainDecoder, PlainOptions
 from accel.sampling import LogitsPipeline
+from accel.types import Request, Stats
 
 EOS = 2
 PROMPTS = [[5, 9, 11, 23], [7, 7, 30, 31, 32, 33, 34, 35, 36, 37, 38], list(range(3, 60)), [44], [12, 13] * 20]
@@ -326,3 +330,25 @@ def test_rows_wait_for_room_in_memory(model):
     finally:
         service.close()
         accel.detach(model)
+
+
+@pytest.mark.parametrize("gone", [{0}, {1, 2}, {0, 1, 2}], ids=str)
+@pytest.mark.parametrize("pieces_read", [0, 1, 3])
+def test_continuations_may_go_at_any_piece_of_their_prompt(model, gone, pieces_read):
+    prompt = torch.tensor(list(range(3, 20)))
+    with serving(model) as service:
+        target = service._batcher.target
+        stopper = RequestStopper()
+        engine = Engine(PlainDecoder(target, PlainOptions(), Stats()), stopper, max_rows=4, piece=4)
+        requests = [Request(id=i, prompt=prompt, max_new_tokens=6, history=prompt) for i in range(3)]
+        stopper.add(requests)
+        engine.submit(requests)
+        for _ in range(pieces_read):
+            assert not list(engine.step())
+        engine.cancel(gone)
+        found = {i: [] for i in range(3)}
+        while engine.is_busy:
+            for chunk in engine.step():
+                found[chunk.request_id] += chunk.tokens
+        assert all(found[i] == ([] if i in gone else alone(model, prompt.tolist(), 6)) for i in range(3))
+        assert not target.cache.rows

@@ -34,7 +34,7 @@ VOCAB = 61
 TOLERANCE = 1e-5
 SIZES = {
     "vocab_size": VOCAB,
-    "hidden_size": 48,
+    "hidden_size": 96,
     "intermediate_size": 80,
     "num_hidden_layers": 2,
     "num_attention_heads": 6,
@@ -55,6 +55,8 @@ MAKERS = {
     "llama-tied": lambda: llama(tie_word_embeddings=True),
     "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "llama-wide-heads": lambda: llama(head_dim=32),
+    # the others' heads are too small for compiled attention
+    "llama-small-heads": lambda: llama(head_dim=8),
     "llama-yarn": lambda: llama(rope_parameters=YARN),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)),
@@ -82,12 +84,23 @@ def from_scratch(model: PreTrainedModel, text: list[int], last: int) -> torch.Te
     return model(torch.tensor([text]), use_cache=False).logits[0, -last:].float()
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "in torch"])
+def with_compiled(request, monkeypatch) -> bool:
+    """What stands between the products; the compiled functions where there is a compiler."""
+    if not request.param:
+        monkeypatch.setattr("accel.kernels.row_step.compiled", lambda folder: None)
+    return request.param
+
+
 @pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str, kind: type[LeanTarget]) -> None:
+def test_a_text_read_in_pieces_equals_the_models_own_pass(
+    name: str, kind: type[LeanTarget], with_compiled: bool
+) -> None:
     model = made(name)
     reader = (draft_reader if kind is LeanDraft else target_for)(model)
     assert type(reader) is kind
+    assert with_compiled or reader._compiled is None
     torch.manual_seed(1)
     # past the first capacity of tails and rotations
     text = torch.randint(VOCAB, (300,)).tolist()
@@ -133,14 +146,16 @@ def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
     # what is tentative is not counted as held
     reader.commit([len(tentative[name]) for name in names], names)
     held = sum(len(texts[name]) + len(tentative[name]) for name in names)
-    assert reader.state_bytes() == held * 2 * 2 * 2 * 8 * 4
+    assert reader.state_bytes() == held * 2 * 2 * 2 * 16 * 4
     reader.close(names)
     assert reader.state_bytes() == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-small-heads", "qwen3"])
 @pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
-def test_rows_of_different_lengths_are_read_as_far_as_each_goes(name: str, kind: type[LeanTarget]) -> None:
+def test_rows_of_different_lengths_are_read_as_far_as_each_goes(
+    name: str, kind: type[LeanTarget], with_compiled: bool
+) -> None:
     model = made(name)
     reader = kind(model)
     generator = torch.Generator().manual_seed(1)
@@ -294,7 +309,7 @@ def hooked() -> PreTrainedModel:
 
 def replaced() -> PreTrainedModel:
     model = llama()
-    model.model.layers[0].mlp.up_proj = Changed(48, 80, bias=False)
+    model.model.layers[0].mlp.up_proj = Changed(96, 80, bias=False)
     return model
 
 

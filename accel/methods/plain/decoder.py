@@ -139,7 +139,9 @@ class RowDecoder:
 
     def evict(self, request_ids: Sequence[int]) -> None:
         """Drop rows, finished or not; ids that were never admitted are fine."""
-        for reading in [self._reading.pop(id) for id in request_ids if id in self._reading]:
+        # continuations of one prompt share a reading, which may lose some of them or all
+        popped = [self._reading.pop(id) for id in request_ids if id in self._reading]
+        for reading in {each.row: each for each in popped}.values():
             reading.requests = [each for each in reading.requests if each.id in self._reading]
             if not reading.requests:
                 self.target.close([reading.row])

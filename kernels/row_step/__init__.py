@@ -1,0 +1,68 @@
+"""Row step: what a llama-like decoder layer does between its matrix products, for new tokens of many rows, on a CPU.
+
+Knows norms, rotations, slots and lengths. Does not know models, caches or layers. README.md has the shapes.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from accel.kernels.native import NotCompiled, library
+from accel.kernels.row_step import reference
+from accel.kernels.row_step.compiled import Compiled
+
+__all__ = ["Compiled", "compiled", "layout"]
+
+SOURCE = Path(__file__).with_name("cpu.c")
+# RMS error over the RMS of the reference that a library may have in its first call
+TOLERANCE = 1e-5
+
+
+def layout(slots: Sequence[int], starts: Sequence[int], positions: Sequence[int], counts: Sequence[int]) -> Tensor:
+    """The rows of a step as ``attend`` takes them: int64 ``[R, 5]``.
+
+    Row r lies in slot ``slots[r]``, holds ``starts[r]`` keys, and adds ``counts[r]`` tokens, the first of them at
+    position ``positions[r]``. The rows' new tokens lie one row behind the other.
+    """
+    first, found = 0, []
+    for slot, start, position, count in zip(slots, starts, positions, counts, strict=True):
+        found.append((slot, start, position, first, count))
+        first += count
+    return torch.tensor(found)
+
+
+@functools.cache
+def compiled(folder: Path) -> Compiled | None:
+    """The compiled functions, made on first use and kept in ``folder``; None, with a warning, where there are none."""
+    try:
+        found = Compiled(library(SOURCE, folder))
+        _check(found)
+    except NotCompiled as error:
+        warnings.warn(f"decoding on this CPU goes on without compiled kernels, slower: {error}", stacklevel=2)
+        return None
+    return found
+
+
+def _check(found: Compiled) -> None:
+    """A compiler may have made anything of the source: compare once with the reference."""
+    generator = torch.Generator().manual_seed(0)
+    x, delta, weight = (torch.randn(*shape, generator=generator) for shape in ((3, 96), (3, 96), (96,)))
+    stores = [torch.randn(2, 2, 8, 16, generator=generator) for _ in range(2)]
+    angles = [torch.randn(8, 16, generator=generator) for _ in range(2)]
+    rows = layout([1, 0], [2, 5], [2, 5], [1, 2])
+    for name, given in {
+        "add_norm": lambda: (x.clone(), delta, weight, 1e-5),
+        "silu_mul": lambda: (x, delta),
+        "attend": lambda: (x, x[:, :32], delta[:, :32], rows, *angles, *(store.clone() for store in stores)),
+    }.items():
+        more = {"scale": 0.25} if name == "attend" else {}
+        expected = getattr(reference, name)(*given(), **more)
+        error = (getattr(found, name)(*given(), **more) - expected).square().mean() / expected.square().mean()
+        if not float(error) <= TOLERANCE**2:
+            raise NotCompiled(f"{name} of the compiled library is wrong (another compiler may help: name it with CC)")

@@ -1,0 +1,245 @@
+/* What a decoder layer does between its matrix products, for a few new tokens of many rows, in fp32.
+ *
+ * Vectors of eight floats in GCC's and Clang's portable notation: the compiler makes AVX, SSE or NEON of them. OpenMP's
+ * symbols are left open and found in the runtime that torch has loaded, so that both use one pool of threads.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LANES 8
+/* queries that read a key together: four of them and two keys fill one vector with scores */
+#define QUERIES 4
+#define MAX_HEAD 256
+/* below so many floats, waking other threads takes longer than the work */
+#define WORTH_THREADS 8192
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#endif
+
+static inline vec all(float x) { return (vec){x, x, x, x, x, x, x, x}; }
+static inline vec load(const float *p) { return *(const vec *)p; }
+static inline void store(float *p, vec x) { *(vec *)p = x; }
+static inline vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
+
+static inline float sum_of(vec x) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += x[i];
+    return total;
+}
+
+/* e^x for x <= 0, to two units in the last place; Cephes' polynomial. What is below e^-87 counts as that. */
+static inline vec exp_of(vec x) {
+    x = larger(x, all(-87.0f));
+    /* adding 1.5 * 2^23 rounds to the nearest integer */
+    const vec shifted = x * all(1.44269504088896341f) + all(12582912.0f);
+    const vec n = shifted - all(12582912.0f);
+    const vec r = x - n * all(0.693359375f) + n * all(2.12194440e-4f);
+    vec p = all(1.9875691500e-4f);
+    p = p * r + all(1.3981999507e-3f);
+    p = p * r + all(8.3334519073e-3f);
+    p = p * r + all(4.1665795894e-2f);
+    p = p * r + all(1.6666665459e-1f);
+    p = p * r + all(5.0000001201e-1f);
+    p = p * r * r + r + all(1.0f);
+    const ivec exponent = (ivec)shifted - (ivec)all(12582912.0f);
+    return p * (vec)((exponent + 127) << 23);
+}
+
+/* lane i of the result: the sum over all lanes of a[i] */
+static inline vec sums_of(const vec *a) {
+    vec t[4], u[2];
+    for (int i = 0; i < 4; i++)
+        t[i] = SHUFFLE(a[2 * i], a[2 * i + 1], 0, 8, 2, 10, 4, 12, 6, 14) +
+               SHUFFLE(a[2 * i], a[2 * i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    for (int i = 0; i < 2; i++)
+        u[i] = SHUFFLE(t[2 * i], t[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+               SHUFFLE(t[2 * i], t[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return SHUFFLE(u[0], u[1], 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(u[0], u[1], 4, 5, 6, 7, 12, 13, 14, 15);
+}
+
+/* x += delta (unless NULL), out = RMSNorm(x) * weight; x, delta, out [tokens, width] */
+void add_norm(int threads, int64_t tokens, int64_t width, float *x, const float *delta, const float *weight, float eps,
+              float *out) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > WORTH_THREADS)
+    for (int64_t t = 0; t < tokens; t++) {
+        float *row = x + t * width, *to = out + t * width;
+        vec squares = all(0);
+        float rest = 0;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            vec value = load(row + i);
+            if (delta) store(row + i, value += load(delta + t * width + i));
+            squares += value * value;
+        }
+        for (; i < width; i++) {
+            if (delta) row[i] += delta[t * width + i];
+            rest += row[i] * row[i];
+        }
+        const float scale = 1.0f / sqrtf((sum_of(squares) + rest) / (float)width + eps);
+        for (i = 0; i + LANES <= width; i += LANES) store(to + i, load(row + i) * all(scale) * load(weight + i));
+        for (; i < width; i++) to[i] = row[i] * scale * weight[i];
+    }
+}
+
+/* out = SiLU(gate) * up; gate, up [tokens, width], `stride` floats from a token to the next; out without gaps */
+void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const float *gate, const float *up,
+              float *out) {
+#pragma omp parallel for num_threads(threads) if (tokens * width > WORTH_THREADS)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *g = gate + t * stride, *u = up + t * stride;
+        float *to = out + t * width;
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) {
+            const vec x = load(g + i);
+            const ivec positive = x > all(0);
+            const vec e = exp_of(choose(positive, -x, x));
+            store(to + i, x * choose(positive, all(1), e) / (all(1) + e) * load(u + i));
+        }
+        for (; i < width; i++) to[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
+    }
+}
+
+static inline void rotate(const float *x, const float *cosine, const float *sine, int64_t size, float *out) {
+    const int64_t half = size / 2;
+    for (int64_t i = 0; i < half; i += LANES) {
+        const vec low = load(x + i), high = load(x + half + i);
+        store(out + i, low * load(cosine + i) + high * load(sine + i));
+        store(out + half + i, high * load(cosine + half + i) + low * load(sine + half + i));
+    }
+}
+
+/* One block of queries over the keys that they may see: sees[q] of them. Their results go where the queries were. */
+static void attend_block(float *const *where, const int64_t *sees, int count, int64_t size, float scale,
+                         const float *keys, const float *values, float *scores) {
+    float q[QUERIES][MAX_HEAD];
+    int64_t most = 0, least = INT64_MAX;
+    for (int i = 0; i < QUERIES; i++) {
+        /* a short block repeats its last query: scores of nobody cost nothing that matters */
+        const int from = i < count ? i : count - 1;
+        for (int64_t d = 0; d < size; d += LANES) store(q[i] + d, load(where[from] + d) * all(scale));
+        most = sees[from] > most ? sees[from] : most;
+        least = sees[from] < least ? sees[from] : least;
+    }
+    vec best = all(-INFINITY);
+    for (int64_t j = 0; j < most; j += 2) {
+        const float *first = keys + j * size, *second = keys + (j + 1 < most ? j + 1 : j) * size;
+        vec sums[2 * QUERIES] = {all(0), all(0), all(0), all(0), all(0), all(0), all(0), all(0)};
+        for (int64_t d = 0; d < size; d += LANES) {
+            const vec a = load(first + d), b = load(second + d);
+            for (int i = 0; i < QUERIES; i++) {
+                const vec x = load(q[i] + d);
+                sums[i] += a * x;
+                sums[QUERIES + i] += b * x;
+            }
+        }
+        vec score = sums_of(sums);
+        if (j + 1 >= least)
+            for (int i = 0; i < 2 * QUERIES; i++) {
+                const int query = i % QUERIES < count ? i % QUERIES : count - 1;
+                if (j + i / QUERIES >= sees[query]) score[i] = -INFINITY;
+            }
+        store(scores + j * QUERIES, score);
+        best = larger(best, score);
+    }
+    best = larger(best, SHUFFLE(best, best, 4, 5, 6, 7, 0, 1, 2, 3));
+    vec total = all(0);
+    for (int64_t j = 0; j < most; j += 2) {
+        const vec weight = exp_of(load(scores + j * QUERIES) - best);
+        store(scores + j * QUERIES, weight);
+        total += weight;
+    }
+    total += SHUFFLE(total, total, 4, 5, 6, 7, 0, 1, 2, 3);
+    for (int64_t d = 0; d < size; d += 2 * LANES) {
+        vec sums[QUERIES][2] = {{all(0), all(0)}, {all(0), all(0)}, {all(0), all(0)}, {all(0), all(0)}};
+        for (int64_t j = 0; j < most; j++) {
+            const vec a = load(values + j * size + d), b = load(values + j * size + d + LANES);
+            for (int i = 0; i < QUERIES; i++) {
+                const vec weight = all(scores[j * QUERIES + i]);
+                sums[i][0] += weight * a;
+                sums[i][1] += weight * b;
+            }
+        }
+        for (int i = 0; i < count; i++) {
+            store(where[i] + d, sums[i][0] / all(total[i]));
+            store(where[i] + d + LANES, sums[i][1] / all(total[i]));
+        }
+    }
+}
+
+typedef struct {
+    int64_t slot;     /* where the row lies in the stores */
+    int64_t start;    /* keys it holds already */
+    int64_t position; /* of its first new token */
+    int64_t first;    /* its first new token */
+    int64_t count;    /* its new tokens, one behind the other */
+} Row;
+
+/* Rotate queries and keys, put keys and values behind their rows' own, and attend.
+ *
+ * q [tokens, heads * size], k and v [tokens, kv_heads * size], *_stride floats from a token to the next; cosine and
+ * (signed) sine [positions, size]; stores [slots, kv_heads, capacity, size]; out [tokens, heads * size].
+ * Returns 0, or 1 where there is no memory for scores.
+ */
+int attend(int threads, const Row *rows, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t size, float scale,
+           const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
+           const float *cosine, const float *sine, float *keys, float *values, int64_t capacity, float *out) {
+    const int64_t group = heads / kv_heads, slot_size = kv_heads * capacity * size;
+    int64_t longest = 0, work = 0;
+    for (int64_t r = 0; r < num_rows; r++) {
+        const int64_t end = rows[r].start + rows[r].count;
+        longest = end > longest ? end : longest;
+        work += rows[r].count * end * size * heads;
+    }
+    const int64_t room = (longest + 2) * QUERIES;
+    float *scratch = malloc((size_t)(threads * room) * sizeof(float));
+    if (!scratch) return 1;
+    int64_t next = 0;
+#pragma omp parallel num_threads(threads) if (work > 4 * WORTH_THREADS)
+    {
+        float *scores;
+        int64_t mine;
+#pragma omp atomic capture
+        mine = next++;
+        scores = scratch + mine * room;
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < num_rows; r++)
+            for (int64_t i = 0; i < rows[r].count; i++) {
+                const int64_t token = rows[r].first + i, at = (rows[r].position + i) * size;
+                for (int64_t h = 0; h < heads; h++)
+                    rotate(q + token * q_stride + h * size, cosine + at, sine + at, size, out + (token * heads + h) * size);
+                for (int64_t h = 0; h < kv_heads; h++) {
+                    const int64_t to = rows[r].slot * slot_size + (h * capacity + rows[r].start + i) * size;
+                    rotate(k + token * k_stride + h * size, cosine + at, sine + at, size, keys + to);
+                    memcpy(values + to, v + token * v_stride + h * size, (size_t)size * sizeof(float));
+                }
+            }
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t item = 0; item < num_rows * kv_heads; item++) {
+            const Row *row = rows + item / kv_heads;
+            const int64_t h = item % kv_heads, from = row->slot * slot_size + h * capacity * size;
+            for (int64_t begin = 0; begin < row->count * group; begin += QUERIES) {
+                float *where[QUERIES];
+                int64_t sees[QUERIES];
+                int count = 0;
+                for (int64_t i = begin; i < row->count * group && count < QUERIES; i++, count++) {
+                    /* token by token, a group's heads next to each other */
+                    where[count] = out + ((row->first + i / group) * heads + h * group + i % group) * size;
+                    sees[count] = row->start + i / group + 1;
+                }
+                attend_block(where, sees, count, size, scale, keys + from, values + from, scores);
+            }
+        }
+    }
+    free(scratch);
+    return 0;
+}
