@@ -43,10 +43,10 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     ``"auto"``: in calls that are answered sooner that way, as timed here; a number: for prompts of so many tokens
     or more). ``method``: "speculative" (the default; lossless unless lenience is asked for) or "plain"; "dparallel"
     for masked-diffusion models, which have no other and take no artifacts. ``options``: the method's own (listed by
-    ``accel methods``), and for every method ``seed`` and ``cpu_linear`` ("auto", "packed", "transposed", "linear":
-    how fp32 linear layers run on a CPU). ``log``: a file to which each finished row's prompt and new tokens are
-    appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it and the older ``NAME.1.SUFFIX``
-    together, and ``tokenizer`` makes it name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in
+    ``accel methods``), and for every method ``seed`` and ``cpu_linear`` ("auto", "compiled", "packed",
+    "transposed", "linear": how fp32 linear layers run on a CPU). ``log``: a file to which each finished row's prompt
+    and new tokens are appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it and the older
+    ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in
     memory: those that no call reads are dropped and read again when needed.
     """
     before = model.__dict__.get(STATE)

@@ -11,6 +11,9 @@ from typing import Any
 import psutil
 import torch
 
+from accel.artifacts.resolve import compiled_folder
+from accel.kernels import row_step
+
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
     """What a reader needs to repeat a run on ``device``."""
@@ -26,6 +29,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "device": str(device) if device else "cpu",
+        "compiled_kernels": compiled_kernels(),
     }
     if device is not None and device.type == "cuda":
         found["gpu"] = torch.cuda.get_device_name(device)
@@ -57,6 +61,12 @@ def _git(folder: Path, *words: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
+
+
+def compiled_kernels() -> bool | str:
+    """Whether llama-like models decode on this CPU with compiled kernels, or why not."""
+    found = row_step.attempt(compiled_folder())
+    return True if isinstance(found, row_step.Compiled) else str(found)
 
 
 def cpu_name() -> str:

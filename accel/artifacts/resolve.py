@@ -33,6 +33,11 @@ def cache_folder() -> Path:
     return base / "accel"
 
 
+def compiled_folder() -> Path:
+    """Where kernels that were compiled for this machine's processor are kept."""
+    return cache_folder() / "compiled"
+
+
 def default_roots() -> list[Path]:
     """Where ids are looked for, in order: ACCEL_ARTIFACTS, the user's cache, what ships with accel."""
     listed = os.environ.get("ACCEL_ARTIFACTS", "").split(os.pathsep)

@@ -43,7 +43,7 @@ def _machine() -> dict[str, Any]:
     import psutil
     import torch
 
-    from accel.bench.environment import cpu_name
+    from accel.bench.environment import compiled_kernels, cpu_name
 
     memory = psutil.virtual_memory()
     return {
@@ -56,6 +56,7 @@ def _machine() -> dict[str, Any]:
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
         "mkl": torch.backends.mkl.is_available(),
         "onednn": torch.backends.mkldnn.is_available(),
+        "compiled_kernels": compiled_kernels(),
         "memory_bytes": memory.total,
         "memory_free_bytes": memory.available,
     }

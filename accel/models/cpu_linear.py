@@ -1,15 +1,17 @@
 """Faster fp32 linear layers on a CPU, installed on a model and removed without a trace.
 
 Decoding multiplies one to sixteen rows by every weight matrix. torch's ``F.linear`` takes MKL's matrix-vector path
-for one row and a poor matrix-matrix shape for a few; both leave memory bandwidth unused. Three ways are known here:
+for one row and a poor matrix-matrix shape for a few; both leave memory bandwidth unused. Four ways are known here:
 
-``packed``      oneDNN's inner product on a weight reordered once: the fastest where it was measured, costs a second
-                copy of the weights;
+``compiled``    C over the weights as they lie (``accel.kernels.row_step``), no extra memory: the fastest for up to
+                about six rows where it was measured; needs a C compiler;
+``packed``      oneDNN's inner product on a weight reordered once: the fastest for more rows, costs a second copy of the
+                weights;
 ``transposed``  ``weight @ x.T`` (one row is padded to two), no extra memory;
 ``linear``      ``F.linear`` itself.
 
 ``auto`` measures them on a sample of the model's own shapes and takes, per number of rows, the fastest whose memory
-fits. All three compute the same sums in another order: results differ by rounding only.
+fits. All four compute the same sums in another order: results differ by rounding only.
 
 A draft model may be rounded, because what it says is verified: ``auto`` then also knows ``int8``, weights in 8 bits
 with one scale an output, inputs in 8 bits with one scale a row. That is a quarter of the bytes to stream and the
@@ -31,12 +33,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from accel.artifacts.resolve import compiled_folder
 from accel.errors import OptionError, unknown_name
+from accel.kernels import row_step
 
-WAYS = ("auto", "packed", "transposed", "linear")
+WAYS = ("auto", "compiled", "packed", "transposed", "linear")
 
 # row counts that are measured; a count in between takes the way of the next one up
-MEASURED_ROWS = (1, 2, 4, 8, 16)
+MEASURED_ROWS = (1, 2, 4, 6, 8, 16)
 # size of the measured sample: enough to stream from memory and not from the last-level cache
 SAMPLE_BYTES = 96 << 20
 # packing is skipped where the copy would take more than this share of the memory that is free
@@ -78,12 +82,15 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
     if not modules:
         return Installed((), {}, 0)
     weights = sum(m.weight.numel() * 4 for m in modules)
-    can_pack = _packing_works()
+    can_pack, made = _packing_works(), row_step.compiled(compiled_folder())
     if way == "packed" and not can_pack:
         raise OptionError("cpu_linear='packed' needs a torch built with oneDNN: use 'transposed' or 'auto'")
+    if way == "compiled" and made is None:
+        raise OptionError("cpu_linear='compiled' needs a C compiler: install one, or use 'transposed' or 'auto'")
     if way == "auto":
         fits = weights <= MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
         ways = ("linear", "transposed", *(["packed"] if can_pack and fits else []))
+        ways += () if made is None else ("compiled",)
         ways += ("int8",) if may_round and _int8_bits() else ()
         way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
@@ -163,6 +170,17 @@ def _packed(module: nn.Linear) -> LinearFunction:
     return lambda x: run(x, packed(), module.bias, "none", [], "")
 
 
+def _compiled(module: nn.Linear) -> LinearFunction:
+    made = row_step.compiled(compiled_folder())
+    assert made is not None, "install() asks first"
+
+    def forward(x: Tensor) -> Tensor:
+        weight = module.weight
+        return made.linear(x, weight, module.bias) if weight.is_contiguous() else F.linear(x, weight, module.bias)
+
+    return forward
+
+
 def _int8(module: nn.Linear) -> LinearFunction:
     bits = _int8_bits()
     if bits is None:
@@ -224,6 +242,7 @@ def _state(weight: Tensor) -> tuple[int, int]:
 _FUNCTIONS: dict[str, Callable[[nn.Linear], LinearFunction]] = {
     "linear": _linear,
     "transposed": _transposed,
+    "compiled": _compiled,
     "packed": _packed,
     "int8": _int8,
 }

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from accel.artifacts.resolve import cache_folder
+from accel.artifacts.resolve import compiled_folder
 from accel.kernels import row_step
 from accel.kernels.row_step import reference
 from accel.kernels.row_step.compiled import HEAD_SIZE_MULTIPLE, MAX_HEAD_SIZE
@@ -248,7 +248,7 @@ class LeanTarget(SoftmaxTarget):
         self._layers: Sequence[_Layer] = [_OwnLayer(layer) for layer in model.model.layers]
         # cosine and signed sine of every position so far
         self._angles = torch.empty(2, 0, self._head_size, dtype=torch.float32)
-        self._compiled = row_step.compiled(cache_folder() / "compiled")
+        self._compiled = row_step.compiled(compiled_folder())
 
     def _may_run(self) -> bool:
         """Whether the pass of this class says what the model itself would say now."""

@@ -18,6 +18,7 @@ FAMILIES = (
     "linear_attention",
     "conv_features",
     "similarity",
+    "row_step",
 )
 
 

@@ -1,6 +1,6 @@
-"""Row step: what a llama-like decoder layer does between its matrix products, for new tokens of many rows, on a CPU.
+"""Row step: what a llama-like decoder layer does for a few new tokens of some rows, on a CPU.
 
-Knows norms, rotations, slots and lengths. Does not know models, caches or layers. README.md has the shapes.
+Knows products, norms, rotations, slots and lengths. Does not know models, caches or layers. README.md has the shapes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from accel.kernels.native import NotCompiled, library
 from accel.kernels.row_step import reference
 from accel.kernels.row_step.compiled import Compiled
 
-__all__ = ["Compiled", "compiled", "layout"]
+__all__ = ["Compiled", "attempt", "compiled", "layout"]
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # RMS error over the RMS of the reference that a library may have in its first call
@@ -37,15 +37,23 @@ def layout(slots: Sequence[int], starts: Sequence[int], positions: Sequence[int]
     return torch.tensor(found)
 
 
-@functools.cache
 def compiled(folder: Path) -> Compiled | None:
     """The compiled functions, made on first use and kept in ``folder``; None, with a warning, where there are none."""
+    found = attempt(folder)
+    if isinstance(found, Compiled):
+        return found
+    warnings.warn(f"decoding on this CPU goes on without compiled kernels, slower: {found}", stacklevel=2)
+    return None
+
+
+@functools.cache
+def attempt(folder: Path) -> Compiled | NotCompiled:
+    """The compiled functions, or why there are none; tried once a process."""
     try:
         found = Compiled(library(SOURCE, folder))
         _check(found)
     except NotCompiled as error:
-        warnings.warn(f"decoding on this CPU goes on without compiled kernels, slower: {error}", stacklevel=2)
-        return None
+        return error
     return found
 
 
@@ -57,6 +65,7 @@ def _check(found: Compiled) -> None:
     angles = [torch.randn(8, 16, generator=generator) for _ in range(2)]
     rows = layout([1, 0], [2, 5], [2, 5], [1, 2])
     for name, given in {
+        "linear": lambda: (x, torch.cat([x, delta, weight[None]]), x[0, :7]),
         "add_norm": lambda: (x.clone(), delta, weight, 1e-5),
         "silu_mul": lambda: (x, delta),
         "attend": lambda: (x, x[:, :32], delta[:, :32], rows, *angles, *(store.clone() for store in stores)),

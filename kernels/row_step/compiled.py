@@ -14,6 +14,7 @@ HEAD_SIZE_MULTIPLE = 16
 
 _SIGNATURES = {
     "add_norm": (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p),
+    "linear": (c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
     "silu_mul": (c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "attend": (
         c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64,
@@ -30,7 +31,21 @@ class Compiled:
             getattr(library, name).argtypes = types
             getattr(library, name).restype = None
         library.attend.restype = c_int
-        self._add_norm, self._silu_mul, self._attend = library.add_norm, library.silu_mul, library.attend
+        self._linear, self._attend = library.linear, library.attend
+        self._add_norm, self._silu_mul = library.add_norm, library.silu_mul
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x weightᵀ + bias: x ``[…, I]``, weight ``[O, I]``, bias ``[O]`` → ``[…, O]``. For few rows."""
+        assert x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
+        rows = _plain(x).reshape(-1, x.shape[-1])
+        bias = None if bias is None else _plain(bias)
+        outputs, inputs = weight.shape
+        out = x.new_empty(*x.shape[:-1], outputs)
+        self._linear(
+            torch.get_num_threads(), len(rows), inputs, outputs, rows.data_ptr(), rows.stride(0), weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), out.data_ptr(),
+        )  # fmt: skip
+        return out
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x += delta in place, then RMSNorm(x): x, delta ``[N, H]``, weight ``[H]`` → ``[N, H]``."""

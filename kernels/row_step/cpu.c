@@ -1,4 +1,4 @@
-/* What a decoder layer does between its matrix products, for a few new tokens of many rows, in fp32.
+/* What a decoder layer does for a few new tokens of some rows, in fp32.
  *
  * Vectors of eight floats in GCC's and Clang's portable notation: the compiler makes AVX, SSE or NEON of them. OpenMP's
  * symbols are left open and found in the runtime that torch has loaded, so that both use one pool of threads.
@@ -32,9 +32,9 @@ static inline vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes &
 static inline vec larger(vec a, vec b) { return choose(a > b, a, b); }
 
 static inline float sum_of(vec x) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+    return x[0] + x[1];
 }
 
 /* e^x for x <= 0, to two units in the last place; Cephes' polynomial. What is below e^-87 counts as that. */
@@ -106,6 +106,69 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
             store(to + i, x * choose(positive, all(1), e) / (all(1) + e) * load(u + i));
         }
         for (; i < width; i++) to[i] = g[i] / (1.0f + expf(-g[i])) * u[i];
+    }
+}
+
+/* Dot products of `outputs` rows of the weight and `tokens` inputs; both are constants where this is inlined, so that
+ * the sums stay in registers. The rows that come next are fetched meanwhile: they are too short for the processor to
+ * foresee.
+ */
+static inline __attribute__((always_inline)) void products(const int outputs, const int tokens, int64_t inputs,
+                                                           const float *x, int64_t x_stride, const float *weight,
+                                                           const float *bias, float *out, int64_t out_stride) {
+    vec sums[outputs][tokens];
+    for (int o = 0; o < outputs; o++)
+        for (int t = 0; t < tokens; t++) sums[o][t] = all(0);
+    int64_t i = 0;
+    for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
+        for (int o = 0; o < outputs; o++) __builtin_prefetch(weight + (outputs + o) * inputs + i, 0, 3);
+        for (int half = 0; half < 2 * LANES; half += LANES) {
+            vec w[outputs];
+            for (int o = 0; o < outputs; o++) w[o] = load(weight + o * inputs + i + half);
+            for (int t = 0; t < tokens; t++) {
+                const vec value = load(x + t * x_stride + i + half);
+                for (int o = 0; o < outputs; o++) sums[o][t] += w[o] * value;
+            }
+        }
+    }
+    for (int o = 0; o < outputs; o++)
+        for (int t = 0; t < tokens; t++) {
+            float total = sum_of(sums[o][t]);
+            for (int64_t rest = i; rest < inputs; rest++) total += weight[o * inputs + rest] * x[t * x_stride + rest];
+            out[t * out_stride + o] = total + (bias ? bias[o] : 0.0f);
+        }
+}
+
+/* outputs of a task; a multiple of every count of them that is read together */
+#define TASK 48
+#define READ(count, tokens)                                                                                            for (; o + count <= end; o += count)                                                                                   products(count, tokens, inputs, x, x_stride, weight + o * inputs, bias ? bias + o : 0, out + o, outputs);      for (; o < end; o++)                                                                                                   products(1, tokens, inputs, x, x_stride, weight + o * inputs, bias ? bias + o : 0, out + o, outputs);          return
+
+/* so many weight rows at a time that sums, weights and an input fill sixteen registers */
+static void products_of(int64_t tokens, int64_t o, int64_t end, int64_t inputs, int64_t outputs, const float *x,
+                        int64_t x_stride, const float *weight, const float *bias, float *out) {
+    switch (tokens) {
+    case 1: READ(4, 1);
+    case 2: READ(4, 2);
+    case 3: READ(3, 3);
+    case 4: READ(3, 4);
+    case 5: READ(2, 5);
+    default: READ(2, 6);
+    }
+}
+
+/* out = x weight^T + bias (unless NULL): x [tokens, inputs], weight [outputs, inputs], out [tokens, outputs] */
+void linear(int threads, int64_t tokens, int64_t inputs, int64_t outputs, const float *x, int64_t x_stride,
+            const float *weight, const float *bias, float *out) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (inputs * outputs > WORTH_THREADS)
+    for (int64_t task = 0; task < (outputs + TASK - 1) / TASK; task++) {
+        const int64_t end = task * TASK + TASK < outputs ? task * TASK + TASK : outputs;
+        for (int64_t t = 0; t < tokens;) {
+            /* 7 and more in parts of about one size: the weights of the second lie in the cache */
+            const int64_t left = tokens - t, count = left <= 6 ? left : left <= 8 ? 4 : left == 9 ? 5 : 6;
+            products_of(count, task * TASK, end, inputs, outputs, x + t * x_stride, x_stride, weight, bias,
+                        out + t * outputs);
+            t += count;
+        }
     }
 }
 

@@ -1,10 +1,15 @@
-"""What a decoder layer does between its matrix products, in plain PyTorch: the equations, and the path without C."""
+"""What a decoder layer does for a few tokens, in plain PyTorch: the equations, and the path without C."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weightᵀ + bias: x ``[…, I]``, weight ``[O, I]``, bias ``[O]`` → ``[…, O]``."""
+    return F.linear(x, weight, bias)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

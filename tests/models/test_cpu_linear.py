@@ -66,7 +66,7 @@ def memory(monkeypatch):
     return pretend
 
 
-@pytest.mark.parametrize("way", ["linear", "packed", "transposed"])
+@pytest.mark.parametrize("way", ["linear", "compiled", "packed", "transposed"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("shape", [(1,), (2,), (3,), (5,), (16,), (17,), (300,), (2, 7), (1, 1), (4, 1), (2, 3, 2), ()])
 @torch.no_grad()
@@ -94,7 +94,7 @@ def test_an_installed_model_computes_the_same(way: str, timings, memory) -> None
     assert all(torch.equal(net(x), y) for x, y in zip(inputs, expected, strict=True))
 
 
-@pytest.mark.parametrize("way", ["packed", "transposed"])
+@pytest.mark.parametrize("way", ["compiled", "packed", "transposed"])
 @torch.no_grad()
 def test_the_way_is_taken_and_an_empty_input_works(way: str, monkeypatch) -> None:
     calls: list[int] = []
@@ -112,7 +112,7 @@ def test_the_way_is_taken_and_an_empty_input_works(way: str, monkeypatch) -> Non
     assert calls == [3, 3, 0, 0]
 
 
-@pytest.mark.parametrize("way", ["packed", "transposed"])
+@pytest.mark.parametrize("way", ["compiled", "packed", "transposed"])
 def test_remove_leaves_no_trace(way: str) -> None:
     net = model()
     before = [dict(m.__dict__) for m in net.modules()]
@@ -179,7 +179,7 @@ def _cast(layer: nn.Linear) -> None:
 CHANGES = [_in_place, _load, _replace, _replace_data, _bias, _cast]
 
 
-@pytest.mark.parametrize("way", ["packed", "transposed"])
+@pytest.mark.parametrize("way", ["compiled", "packed", "transposed"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @torch.no_grad()
 def test_a_weight_that_changes_while_installed_is_seen(way: str, change) -> None:
@@ -214,7 +214,7 @@ def test_an_unchanged_weight_is_packed_once(monkeypatch) -> None:
     assert len(packs) == len(packs_at_install) + 2
 
 
-@pytest.mark.parametrize("way", ["packed", "transposed"])
+@pytest.mark.parametrize("way", ["compiled", "packed", "transposed"])
 def test_gradients_flow_while_installed(way: str) -> None:
     net = model().requires_grad_(True)
     x = torch.randn(3, IN)
@@ -226,7 +226,7 @@ def test_gradients_flow_while_installed(way: str) -> None:
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), expected, strict=True))
 
 
-@pytest.mark.parametrize("way", ["packed", "transposed"])
+@pytest.mark.parametrize("way", ["compiled", "packed", "transposed"])
 @torch.no_grad()
 def test_autocast_is_torchs_own(way: str) -> None:
     net, x = model(), torch.randn(3, IN)
@@ -248,7 +248,14 @@ def test_auto_takes_the_fastest_per_number_of_rows(timings, memory) -> None:
         ("linear", 16): 0.9,
     }
     installed = install(model(), "auto")
-    assert installed.way_by_rows == {1: "transposed", 2: "packed", 4: "packed", 8: "linear", 16: "linear"}
+    assert installed.way_by_rows == {
+        1: "transposed",
+        2: "packed",
+        4: "packed",
+        6: "linear",
+        8: "linear",
+        16: "linear",
+    }
     assert installed.extra_bytes == 2 * IN * OUT * 4
 
 
@@ -264,7 +271,7 @@ def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, mem
         expected = [net(x) for x in inputs]
         installed = install(net, "auto", may_round=True)
         errors = [error(net(x), y) for x, y in zip(inputs, expected, strict=True)]
-    assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 8: "packed", 16: "int8"}
+    assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 6: "int8", 8: "packed", 16: "int8"}
     assert installed.extra_bytes == 2 * IN * 64 * 4 + 2 * IN * 64
     # what was measured fastest for the most rows is taken for more
     # 7 bits of the inputs where the processor has no dot product of bytes: twice the error of 8
@@ -335,12 +342,12 @@ def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> Non
         monkeypatch.setitem(
             cpu_linear._FUNCTIONS, way, lambda m, way=way: lambda x: taken.append(way) or x.new_zeros(x.shape[0], OUT)
         )
-    ways = dict(zip(MEASURED_ROWS, ["linear", "packed", "transposed", "linear", "packed"], strict=True))
+    ways = dict(zip(MEASURED_ROWS, ["linear", "packed", "transposed", "transposed", "linear", "packed"], strict=True))
     forward = cpu_linear._FastForward(model()[0], ways)
     with torch.no_grad():
-        for rows in (1, 2, 3, 4, 5, 8, 9, 16, 17, 300):
+        for rows in (1, 2, 3, 4, 5, 7, 9, 16, 17, 300):
             forward(torch.zeros(rows, IN))
-    assert taken == "linear packed transposed transposed linear linear packed packed packed packed".split()
+    assert taken == "linear packed transposed transposed transposed linear packed packed packed packed".split()
 
 
 @pytest.mark.parametrize(("spare", "packs"), [(1, False), (-1, True)])
@@ -393,7 +400,9 @@ def test_no_layers_and_linear_install_nothing() -> None:
 
 
 def test_an_unknown_way_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"^unknown cpu_linear 'fast': choose from auto, linear, packed, transposed$"):
+    with pytest.raises(
+        OptionError, match=r"^unknown cpu_linear 'fast': choose from auto, compiled, linear, packed, transposed$"
+    ):
         install(model(), "fast")
 
 
