@@ -46,8 +46,8 @@ def attach(model: PreTrainedModel, *artifacts: object, method: str | None = None
     ``accel methods``), and for every method ``seed`` and ``cpu_linear`` ("auto", "compiled", "packed",
     "transposed", "linear": how fp32 linear layers run on a CPU). ``log``: a file to which each finished row's prompt
     and new tokens are appended, for ``accel distill draft``; ``log_max_bytes`` (100 MB) bounds it and the older
-    ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it name the tokenizer. ``cartridge_max_bytes`` bounds the cartridges in
-    memory: those that no call reads are dropped and read again when needed.
+    ``NAME.1.SUFFIX`` together, and ``tokenizer`` makes it name the tokenizer. ``cartridge_max_bytes`` bounds the
+    cartridges in memory: those that no call reads are dropped and read again when needed.
     """
     before = model.__dict__.get(STATE)
     # what is new must see the model itself, and not what the one before put into it
