@@ -4,7 +4,7 @@ Decoding multiplies one to sixteen rows by every weight matrix. torch's ``F.line
 for one row and a poor matrix-matrix shape for a few; both leave memory bandwidth unused. Four ways are known here:
 
 ``compiled``    C over the weights as they lie (``accel.kernels.row_step``), no extra memory: the fastest for up to
-                about six rows where it was measured; needs a C compiler;
+                about twelve rows where it was measured; needs a C compiler;
 ``packed``      oneDNN's inner product on a weight reordered once: the fastest for more rows, costs a second copy of the
                 weights;
 ``transposed``  ``weight @ x.T`` (one row is padded to two), no extra memory;

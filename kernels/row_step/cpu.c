@@ -109,6 +109,9 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
     }
 }
 
+#define MAX_OUTPUTS 4
+#define MAX_TOKENS 6
+
 /* Dot products of `outputs` rows of the weight and `tokens` inputs; both are constants where this is inlined, so that
  * the sums stay in registers. The rows that come next are fetched meanwhile: they are too short for the processor to
  * foresee.
@@ -116,14 +119,15 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
 static inline __attribute__((always_inline)) void products(const int outputs, const int tokens, int64_t inputs,
                                                            const float *x, int64_t x_stride, const float *weight,
                                                            const float *bias, float *out, int64_t out_stride) {
-    vec sums[outputs][tokens];
+    /* not of `outputs` and `tokens`: arrays of a size that is no constant expression live in memory */
+    vec sums[MAX_OUTPUTS][MAX_TOKENS];
     for (int o = 0; o < outputs; o++)
         for (int t = 0; t < tokens; t++) sums[o][t] = all(0);
     int64_t i = 0;
     for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
         for (int o = 0; o < outputs; o++) __builtin_prefetch(weight + (outputs + o) * inputs + i, 0, 3);
         for (int half = 0; half < 2 * LANES; half += LANES) {
-            vec w[outputs];
+            vec w[MAX_OUTPUTS];
             for (int o = 0; o < outputs; o++) w[o] = load(weight + o * inputs + i + half);
             for (int t = 0; t < tokens; t++) {
                 const vec value = load(x + t * x_stride + i + half);
@@ -150,7 +154,7 @@ static void products_of(int64_t tokens, int64_t o, int64_t end, int64_t inputs, 
     case 1: READ(4, 1);
     case 2: READ(4, 2);
     case 3: READ(3, 3);
-    case 4: READ(3, 4);
+    case 4: READ(2, 4);
     case 5: READ(2, 5);
     default: READ(2, 6);
     }

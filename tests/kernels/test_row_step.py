@@ -6,14 +6,13 @@ Tolerance: RMS(error)/RMS(reference) ≤ 1e-5 in fp32, sums in another order.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import stat
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from compiler import COMPILED, needs_compiler
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -22,8 +21,6 @@ from accel.kernels import native, row_step
 from accel.kernels.row_step import Compiled, compiled, layout, reference
 
 TOLERANCE = 1e-5
-NO_COMPILER = not (os.environ.get("CC") or any(map(shutil.which, native.COMPILERS)))
-needs_compiler = pytest.mark.skipif(NO_COMPILER, reason="no C compiler: there is nothing compiled to test")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +28,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     return Compiled(native.library(row_step.SOURCE, tmp_path_factory.mktemp("compiled")))
 
 
-@pytest.fixture(params=["reference", pytest.param("compiled", marks=needs_compiler)])
+@pytest.fixture(params=["reference", COMPILED])
 def functions(request: pytest.FixtureRequest):
     return reference if request.param == "reference" else request.getfixturevalue("made")
 
