@@ -4,7 +4,7 @@ Decoding multiplies one to sixteen rows by every weight matrix. torch's ``F.line
 for one row and a poor matrix-matrix shape for a few; both leave memory bandwidth unused. Four ways are known here:
 
 ``compiled``    C over the weights as they lie (``accel.kernels.row_step``), no extra memory: the fastest for up to
-                about twelve rows where it was measured; needs a C compiler;
+                eight rows where it was measured; needs a C compiler;
 ``packed``      oneDNN's inner product on a weight reordered once: the fastest for more rows, costs a second copy of the
                 weights;
 ``transposed``  ``weight @ x.T`` (one row is padded to two), no extra memory;
@@ -39,8 +39,10 @@ from accel.kernels import row_step
 
 WAYS = ("auto", "compiled", "packed", "transposed", "linear")
 
-# row counts that are measured; a count in between takes the way of the next one up
+# row counts that are measured; a count in between takes the way of the next one up, more than the last that of the last
 MEASURED_ROWS = (1, 2, 4, 6, 8, 16)
+# with more, products are bound by arithmetic, which libraries for matrices know better
+MOST_COMPILED_ROWS = 8
 # size of the measured sample: enough to stream from memory and not from the last-level cache
 SAMPLE_BYTES = 96 << 20
 # packing is skipped where the copy would take more than this share of the memory that is free
@@ -176,7 +178,9 @@ def _compiled(module: nn.Linear) -> LinearFunction:
 
     def forward(x: Tensor) -> Tensor:
         weight = module.weight
-        return made.linear(x, weight, module.bias) if weight.is_contiguous() else F.linear(x, weight, module.bias)
+        if not weight.is_contiguous() or x.numel() > MOST_COMPILED_ROWS * x.shape[-1]:
+            return F.linear(x, weight, module.bias)
+        return made.linear(x, weight, module.bias)
 
     return forward
 
@@ -299,12 +303,13 @@ def _fastest(sample: tuple[Shape, ...], ways: tuple[str, ...], num_threads: int)
         best = []
         for rows in MEASURED_ROWS:
             inputs = [torch.ones(rows, layer.in_features) for layer in layers]
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
+            known = [way for way in ways if way != "compiled" or rows <= MOST_COMPILED_ROWS]
+            seconds: dict[str, list[float]] = {way: [] for way in known}
             for _ in range(4):
-                for way in ways:  # in turn, so that a slow moment of the machine hits all of them
+                for way in known:  # in turn, so that a slow moment of the machine hits all of them
                     seconds[way].append(_time(functions[way], inputs))
             # the least time is what a way can do; a median of so few would follow the machine's other work
-            best.append((rows, min(ways, key=lambda way: min(seconds[way]))))
+            best.append((rows, min(known, key=lambda way: min(seconds[way]))))
     return tuple(best)
 
 

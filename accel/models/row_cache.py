@@ -349,12 +349,12 @@ class RowCache(Cache):
         return like.new_zeros(max(1, self._num_slots), kv_heads, capacity, size)
 
     def _grown(self, store: Tensor, length: int) -> Tensor:
-        slots, _, capacity, _ = store.shape
+        slots, kv_heads, capacity, size = store.shape
         if slots >= self._num_slots and capacity >= length:
             return store
-        grown = store.new_zeros(
-            max(slots, self._num_slots), store.shape[1], max(capacity, _next_power_of_two(length)), store.shape[3]
-        )
+        # by doubling, too: rows that come one after the other would copy all that is there each time
+        num_slots = slots if slots >= self._num_slots else _next_power_of_two(self._num_slots)
+        grown = store.new_zeros(num_slots, kv_heads, max(capacity, _next_power_of_two(length)), size)
         grown[:slots, :, :capacity] = store
         return grown
 
