@@ -3,10 +3,9 @@
 Decoding multiplies one to sixteen rows by every weight matrix. torch's ``F.linear`` takes MKL's matrix-vector path
 for one row and a poor matrix-matrix shape for a few; both leave memory bandwidth unused. Four ways are known here:
 
-``compiled``    C over the weights as they lie (``accel.kernels.row_step``), no extra memory: the fastest for up to
-                eight rows where it was measured; needs a C compiler;
-``packed``      oneDNN's inner product on a weight reordered once: the fastest for more rows, costs a second copy of the
-                weights;
+``compiled``    C on a weight reordered once (``accel.kernels.row_step``): the fastest where it was measured, costs a
+                second copy of the weights and needs a C compiler;
+``packed``      oneDNN's inner product on a weight reordered once, at the same cost in memory;
 ``transposed``  ``weight @ x.T`` (one row is padded to two), no extra memory;
 ``linear``      ``F.linear`` itself.
 
@@ -41,11 +40,9 @@ WAYS = ("auto", "compiled", "packed", "transposed", "linear")
 
 # row counts that are measured; a count in between takes the way of the next one up, more than the last that of the last
 MEASURED_ROWS = (1, 2, 4, 6, 8, 16)
-# with more, products are bound by arithmetic, which libraries for matrices know better
-MOST_COMPILED_ROWS = 8
 # size of the measured sample: enough to stream from memory and not from the last-level cache
 SAMPLE_BYTES = 96 << 20
-# packing is skipped where the copy would take more than this share of the memory that is free
+# reordering is skipped where the copies would take more than this share of the memory that is free
 MAX_SHARE_OF_FREE_MEMORY = 0.5
 
 # Bits of an int8 layer's inputs, the first that works: where a processor has no dot product of bytes, pairs of products
@@ -56,7 +53,6 @@ Made = TypeVar("Made")
 LinearFunction = Callable[[Tensor], Tensor]
 # inputs, outputs, has a bias
 Shape = tuple[int, int, bool]
-_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -90,9 +86,9 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
     if way == "compiled" and made is None:
         raise OptionError("cpu_linear='compiled' needs a C compiler: install one, or use 'transposed' or 'auto'")
     if way == "auto":
-        fits = weights <= MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available
-        ways = ("linear", "transposed", *(["packed"] if can_pack and fits else []))
-        ways += () if made is None else ("compiled",)
+        copies = int(MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / weights)
+        reordered = [*(["compiled"] if made is not None else []), *(["packed"] if can_pack else [])]
+        ways = ("linear", "transposed", *reordered[:copies])
         ways += ("int8",) if may_round and _int8_bits() else ()
         way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
@@ -100,7 +96,8 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
     chosen = set(way_by_rows.values())
     for module in modules:
         module.forward = _FastForward(module, way_by_rows)  # type: ignore[method-assign, assignment]
-    return Installed(modules, way_by_rows, weights * ("packed" in chosen) + weights // 4 * ("int8" in chosen))
+    copied = weights * len(chosen & {"packed", "compiled"}) + weights // 4 * ("int8" in chosen)
+    return Installed(modules, way_by_rows, copied)
 
 
 def _eligible(model: nn.Module) -> Iterable[nn.Linear]:
@@ -123,22 +120,23 @@ class _FastForward:
         functions = {way: _FUNCTIONS[way](module) for way in {*way_by_rows.values(), "linear"}}
         most = MEASURED_ROWS[-1]
         self._many = functions[way_by_rows[most]]
-        self._module = module
+        self._module, self._parameters = module, module._parameters
         self._most = most
         self._features = module.in_features
         self._by_rows = [functions[way_by_rows[next(r for r in MEASURED_ROWS if r >= n)]] for n in range(1, most + 1)]
 
     def __call__(self, x: Tensor) -> Tensor:
-        module = self._module
-        weight = module.weight
+        # the module's own dict: a step asks hundreds of times, and nn.Module's look-up takes longer than all else here
+        weight = self._parameters["weight"]
+        assert weight is not None, "a linear layer has a weight"
         # training, autocast and a model that was moved or cast meanwhile are torch's own business
         if (
             torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
             or not x.dtype == weight.dtype == torch.float32
-            or not x.device == weight.device == _CPU
+            or not (x.is_cpu and weight.is_cpu)
         ):
-            return F.linear(x, weight, module.bias)
+            return F.linear(x, weight, self._parameters["bias"])
         rows = x.numel() // self._features
         return self._many(x) if rows > self._most else self._by_rows[max(rows, 1) - 1](x)
 
@@ -175,12 +173,11 @@ def _packed(module: nn.Linear) -> LinearFunction:
 def _compiled(module: nn.Linear) -> LinearFunction:
     made = row_step.compiled(compiled_folder())
     assert made is not None, "install() asks first"
+    panels, parameters = _current(module, row_step.panels), module._parameters
 
     def forward(x: Tensor) -> Tensor:
-        weight = module.weight
-        if not weight.is_contiguous() or x.numel() > MOST_COMPILED_ROWS * x.shape[-1]:
-            return F.linear(x, weight, module.bias)
-        return made.linear(x, weight, module.bias)
+        out, bias = made.linear(x, panels()), parameters["bias"]
+        return out if bias is None else out.add_(bias)
 
     return forward
 
@@ -210,12 +207,15 @@ def _current(module: nn.Linear, make: Callable[[Tensor], Made]) -> Callable[[], 
 
     A copy must not outlive what it was made of: load_state_dict, an optimizer's step, another Parameter.
     """
+    parameters = module._parameters
     made, made_of = make(module.weight), _state(module.weight)
 
     def current() -> Made:
         nonlocal made, made_of
-        if made_of != _state(module.weight):
-            made, made_of = make(module.weight), _state(module.weight)
+        weight = parameters["weight"]
+        assert weight is not None, "a linear layer has a weight"
+        if made_of != _state(weight):
+            made, made_of = make(weight), _state(weight)
         return made
 
     return current
@@ -303,13 +303,12 @@ def _fastest(sample: tuple[Shape, ...], ways: tuple[str, ...], num_threads: int)
         best = []
         for rows in MEASURED_ROWS:
             inputs = [torch.ones(rows, layer.in_features) for layer in layers]
-            known = [way for way in ways if way != "compiled" or rows <= MOST_COMPILED_ROWS]
-            seconds: dict[str, list[float]] = {way: [] for way in known}
+            seconds: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(4):
-                for way in known:  # in turn, so that a slow moment of the machine hits all of them
+                for way in ways:  # in turn, so that a slow moment of the machine hits all of them
                     seconds[way].append(_time(functions[way], inputs))
             # the least time is what a way can do; a median of so few would follow the machine's other work
-            best.append((rows, min(known, key=lambda way: min(seconds[way]))))
+            best.append((rows, min(ways, key=lambda way: min(seconds[way]))))
     return tuple(best)
 
 

@@ -8,13 +8,16 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from accel.kernels.common import kind
+from accel.kernels.row_step.reference import PANEL, Panels
+
 # what cpu.c's vectors and buffers take
 MAX_HEAD_SIZE = 256
 HEAD_SIZE_MULTIPLE = 16
 
 _SIGNATURES = {
     "add_norm": (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p),
-    "linear": (c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p),
+    "linear": (c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
     "silu_mul": (c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "attend": (
         c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64,
@@ -34,18 +37,20 @@ class Compiled:
         self._linear, self._attend = library.linear, library.attend
         self._add_norm, self._silu_mul = library.add_norm, library.silu_mul
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x weightᵀ + bias: x ``[…, I]``, weight ``[O, I]``, bias ``[O]`` → ``[…, O]``. For few rows."""
-        assert x.dtype == weight.dtype == torch.float32 and weight.is_contiguous()
-        rows = _plain(x).reshape(-1, x.shape[-1])
-        bias = None if bias is None else _plain(bias)
-        outputs, inputs = weight.shape
-        out = x.new_empty(*x.shape[:-1], outputs)
+    def linear(self, x: Tensor, panels: Panels) -> Tensor:
+        """x weightᵀ: fp32 x ``[…, I]``, a weight ``[O, I]`` → ``[…, O]``."""
+        rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, panels.inputs).contiguous()
+        tokens, inputs = rows.shape
+        if inputs != panels.inputs or x.dtype != torch.float32:
+            raise ValueError(f"x is {kind(x)}: must be float32 […, {panels.inputs}] on cpu")
+        out = rows.new_empty(tokens, panels.num_panels * PANEL)
         self._linear(
-            torch.get_num_threads(), len(rows), inputs, outputs, rows.data_ptr(), rows.stride(0), weight.data_ptr(),
-            None if bias is None else bias.data_ptr(), out.data_ptr(),
+            torch.get_num_threads(), tokens, inputs, panels.num_panels, rows.data_ptr(), rows.stride(0),
+            panels.address, out.data_ptr(),
         )  # fmt: skip
-        return out
+        if panels.outputs % PANEL:
+            out = out[:, : panels.outputs].contiguous()
+        return out if rows is x else out.view(*x.shape[:-1], panels.outputs)
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x += delta in place, then RMSNorm(x): x, delta ``[N, H]``, weight ``[H]`` → ``[N, H]``."""

@@ -109,71 +109,72 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
     }
 }
 
-#define MAX_OUTPUTS 4
+/* outputs whose weights lie together */
+#define PANEL (2 * LANES)
+/* tokens whose sums with a panel fill twelve of sixteen registers */
 #define MAX_TOKENS 6
+/* inputs of a panel that are multiplied before the next tokens come: they stay in the first or second cache */
+#define MAX_INPUTS 576
+/* floats ahead of the product that weights are asked for */
+#define AHEAD 256
 
-/* Dot products of `outputs` rows of the weight and `tokens` inputs; both are constants where this is inlined, so that
- * the sums stay in registers. The rows that come next are fetched meanwhile: they are too short for the processor to
- * foresee.
- */
-static inline __attribute__((always_inline)) void products(const int outputs, const int tokens, int64_t inputs,
-                                                           const float *x, int64_t x_stride, const float *weight,
-                                                           const float *bias, float *out, int64_t out_stride) {
-    /* not of `outputs` and `tokens`: arrays of a size that is no constant expression live in memory */
-    vec sums[MAX_OUTPUTS][MAX_TOKENS];
-    for (int o = 0; o < outputs; o++)
-        for (int t = 0; t < tokens; t++) sums[o][t] = all(0);
-    int64_t i = 0;
-    for (; i + 2 * LANES <= inputs; i += 2 * LANES) {
-        for (int o = 0; o < outputs; o++) __builtin_prefetch(weight + (outputs + o) * inputs + i, 0, 3);
-        for (int half = 0; half < 2 * LANES; half += LANES) {
-            vec w[MAX_OUTPUTS];
-            for (int o = 0; o < outputs; o++) w[o] = load(weight + o * inputs + i + half);
-            for (int t = 0; t < tokens; t++) {
-                const vec value = load(x + t * x_stride + i + half);
-                for (int o = 0; o < outputs; o++) sums[o][t] += w[o] * value;
-            }
-        }
-    }
-    for (int o = 0; o < outputs; o++)
+/* out (+)= x panel for `tokens` tokens, a constant where this is inlined; `fetch`: the panel comes from memory. */
+static inline __attribute__((always_inline)) void products(const int tokens, const int is_first, const int fetch,
+                                                           int64_t inputs, const float *x, int64_t x_stride,
+                                                           const float *panel, float *out, int64_t out_stride) {
+    /* not of `tokens`: an array whose size is no constant expression lives in memory */
+    vec sums[MAX_TOKENS][2];
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < 2; half++)
+            sums[t][half] = is_first ? all(0) : load(out + t * out_stride + half * LANES);
+    for (int64_t i = 0; i < inputs; i++) {
+        const vec low = load(panel + i * PANEL), high = load(panel + i * PANEL + LANES);
+        if (fetch) __builtin_prefetch(panel + i * PANEL + AHEAD, 0, 3);
         for (int t = 0; t < tokens; t++) {
-            float total = sum_of(sums[o][t]);
-            for (int64_t rest = i; rest < inputs; rest++) total += weight[o * inputs + rest] * x[t * x_stride + rest];
-            out[t * out_stride + o] = total + (bias ? bias[o] : 0.0f);
+            const vec value = all(x[t * x_stride + i]);
+            sums[t][0] += low * value;
+            sums[t][1] += high * value;
         }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int half = 0; half < 2; half++) store(out + t * out_stride + half * LANES, sums[t][half]);
 }
 
-/* outputs of a task; a multiple of every count of them that is read together */
-#define TASK 48
-#define READ(count, tokens)                                                                                            for (; o + count <= end; o += count)                                                                                   products(count, tokens, inputs, x, x_stride, weight + o * inputs, bias ? bias + o : 0, out + o, outputs);      for (; o < end; o++)                                                                                                   products(1, tokens, inputs, x, x_stride, weight + o * inputs, bias ? bias + o : 0, out + o, outputs);          return
+#define PRODUCTS(tokens)                                                                     \
+    do {                                                                                     \
+        if (is_first && fetch) products(tokens, 1, 1, inputs, x, x_stride, panel, out, width); \
+        else if (is_first) products(tokens, 1, 0, inputs, x, x_stride, panel, out, width);     \
+        else if (fetch) products(tokens, 0, 1, inputs, x, x_stride, panel, out, width);        \
+        else products(tokens, 0, 0, inputs, x, x_stride, panel, out, width);                   \
+    } while (0)
 
-/* so many weight rows at a time that sums, weights and an input fill sixteen registers */
-static void products_of(int64_t tokens, int64_t o, int64_t end, int64_t inputs, int64_t outputs, const float *x,
-                        int64_t x_stride, const float *weight, const float *bias, float *out) {
+static void products_of(int64_t tokens, int is_first, int fetch, int64_t inputs, const float *x, int64_t x_stride,
+                        const float *panel, float *out, int64_t width) {
     switch (tokens) {
-    case 1: READ(4, 1);
-    case 2: READ(4, 2);
-    case 3: READ(3, 3);
-    case 4: READ(2, 4);
-    case 5: READ(2, 5);
-    default: READ(2, 6);
+    case 1: PRODUCTS(1); break;
+    case 2: PRODUCTS(2); break;
+    case 3: PRODUCTS(3); break;
+    case 4: PRODUCTS(4); break;
+    case 5: PRODUCTS(5); break;
+    default: PRODUCTS(6);
     }
 }
 
-/* out = x weight^T + bias (unless NULL): x [tokens, inputs], weight [outputs, inputs], out [tokens, outputs] */
-void linear(int threads, int64_t tokens, int64_t inputs, int64_t outputs, const float *x, int64_t x_stride,
-            const float *weight, const float *bias, float *out) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (inputs * outputs > WORTH_THREADS)
-    for (int64_t task = 0; task < (outputs + TASK - 1) / TASK; task++) {
-        const int64_t end = task * TASK + TASK < outputs ? task * TASK + TASK : outputs;
-        for (int64_t t = 0; t < tokens;) {
-            /* 7 and more in parts of about one size: the weights of the second lie in the cache */
-            const int64_t left = tokens - t, count = left <= 6 ? left : left <= 8 ? 4 : left == 9 ? 5 : 6;
-            products_of(count, task * TASK, end, inputs, outputs, x + t * x_stride, x_stride, weight, bias,
-                        out + t * outputs);
-            t += count;
-        }
-    }
+/* out = x panels: x [tokens, inputs], panels [num_panels, inputs, PANEL], out [tokens, num_panels * PANEL] */
+void linear(int threads, int64_t tokens, int64_t inputs, int64_t num_panels, const float *x, int64_t x_stride,
+            const float *panels, float *out) {
+    const int64_t parts = (inputs + MAX_INPUTS - 1) / MAX_INPUTS, part = (inputs + parts - 1) / parts;
+#pragma omp parallel for num_threads(threads) schedule(static) if (inputs * num_panels * PANEL > WORTH_THREADS)
+    for (int64_t p = 0; p < num_panels; p++)
+        for (int64_t i = 0; i < inputs; i += part)
+            for (int64_t t = 0; t < tokens;) {
+                /* parts of about one size */
+                const int64_t left = tokens - t;
+                const int64_t count = left <= MAX_TOKENS ? left : left <= 8 ? 4 : left <= 10 ? 5 : MAX_TOKENS;
+                products_of(count, i == 0, t == 0, part < inputs - i ? part : inputs - i, x + t * x_stride + i, x_stride,
+                            panels + (p * inputs + i) * PANEL, out + (t * num_panels + p) * PANEL, num_panels * PANEL);
+                t += count;
+            }
 }
 
 static inline void rotate(const float *x, const float *cosine, const float *sine, int64_t size, float *out) {

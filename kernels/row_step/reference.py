@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# outputs whose weights lie together, as cpu.c has it
+PANEL = 16
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weightᵀ + bias: x ``[…, I]``, weight ``[O, I]``, bias ``[O]`` → ``[…, O]``."""
-    return F.linear(x, weight, bias)
+
+@dataclass(frozen=True, eq=False)
+class Panels:
+    """A weight ``[O, I]`` as ``[⌈O/16⌉, I, 16]``, so that products read it from front to back; zeros fill the last."""
+
+    weights: Tensor
+    outputs: int
+    # asked for in every product, and a tensor takes its time to answer
+    address: int
+    num_panels: int
+    inputs: int
+
+
+def panels(weight: Tensor) -> Panels:
+    """An fp32 weight ``[O, I]``, reordered."""
+    padded = F.pad(weight.detach(), (0, 0, 0, -len(weight) % PANEL))
+    weights = padded.unflatten(0, (-1, PANEL)).transpose(1, 2).contiguous()
+    return Panels(weights, len(weight), weights.data_ptr(), *weights.shape[:2])
+
+
+def linear(x: Tensor, panels: Panels) -> Tensor:
+    """x weightᵀ: x ``[…, I]``, a weight ``[O, I]`` → ``[…, O]``."""
+    return torch.einsum("...i,pio->...po", x, panels.weights).flatten(-2)[..., : panels.outputs]
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:

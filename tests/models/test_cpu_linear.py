@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from compiler import COMPILED
+from compiler import COMPILED, needs_compiler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -352,12 +352,23 @@ def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> Non
 
 
 @pytest.mark.parametrize(("spare", "packs"), [(1, False), (-1, True)])
-def test_packing_needs_twice_its_memory_free(timings, memory, spare: int, packs: bool) -> None:
+def test_packing_needs_twice_its_memory_free(timings, memory, monkeypatch, spare: int, packs: bool) -> None:
     memory(2 * 2 * IN * OUT * 4 - spare)
+    # without a C compiler; with one, what it makes comes first
+    monkeypatch.setattr(cpu_linear.row_step, "compiled", lambda folder: None)
     timings.seconds = {("packed", rows): 0.1 for rows in MEASURED_ROWS}
     installed = install(model(), "auto")
     assert set(installed.way_by_rows.values()) == ({"packed"} if packs else {"linear"})
     assert installed.extra_bytes == (2 * IN * OUT * 4 if packs else 0)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("copies", "taken"), [(0, "linear"), (1, "compiled"), (2, "packed")])
+def test_as_many_copies_are_considered_as_fit(timings, memory, copies: int, taken: str) -> None:
+    memory(copies * 2 * 2 * IN * OUT * 4)
+    timings.seconds = {("compiled", rows): 0.2 for rows in MEASURED_ROWS}
+    timings.seconds |= {("packed", rows): 0.1 for rows in MEASURED_ROWS}
+    assert set(install(model(), "auto").way_by_rows.values()) == {taken}
 
 
 def test_shapes_are_measured_once_a_process(timings, memory) -> None:
