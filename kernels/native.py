@@ -1,4 +1,4 @@
-"""C sources for CPUs, compiled on first use by the machine's own compiler and kept for the next process."""
+"""C sources for CPUs, compiled on first use by the machine's own compiler and kept for the next process; OpenMP."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O3", "-march=native", "-fPIC", "-fopenmp", "-std=gnu11")
 TIMEOUT = 120.0
+_PAUSE_SOFT = 1
 
 
 class NotCompiled(Exception):
@@ -40,6 +41,21 @@ def library(source: Path, folder: Path) -> ctypes.CDLL:
             _compile(source, Path(own) / name)
             return _loaded(Path(own) / name)
     return _loaded(target)
+
+
+def release_workers() -> bool:
+    """Give up the OpenMP workers of this thread; they come again with its next parallel loop. False where none can.
+
+    Each thread that runs parallel loops gets workers of its own. With more of them than cores GNU's runtime no longer
+    lets a worker spin for the next loop, and waking it takes longer than many a loop: whoever hands a model to another
+    thread lets go of his own.
+    """
+    try:
+        # OpenMP 5.0; torch loads its runtime for everyone to see
+        pause = ctypes.CDLL(None).omp_pause_resource_all
+    except (OSError, TypeError, AttributeError):
+        return False
+    return bool(pause(_PAUSE_SOFT) == 0)
 
 
 def _loaded(path: Path) -> ctypes.CDLL:

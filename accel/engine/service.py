@@ -21,6 +21,7 @@ from accel.engine.attached import STATE, Attached
 from accel.engine.batcher import Batcher, Work
 from accel.engine.jobs import ClosedError, Event, Failed, Gauges, Job, QueueFullError
 from accel.errors import AccelError, OptionError
+from accel.kernels.native import release_workers
 from accel.types import Stats
 
 log = logging.getLogger("accel")
@@ -77,6 +78,8 @@ class Service:
         self._seconds_per_job = 1.0
         self._occupancy = attached.served()
         self._occupancy.__enter__()
+        # from here on the model is the engine's thread's
+        release_workers()
         self._thread = threading.Thread(target=self._run, name="accel-engine", daemon=True)
         self._thread.start()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
@@ -263,3 +264,24 @@ def test_without_a_compiler_the_reference_goes_on(tmp_path, monkeypatch) -> None
     monkeypatch.setenv("CC", lying)
     with pytest.warns(UserWarning, match="cannot be loaded"):
         assert compiled(tmp_path / "c") is None
+
+
+def test_workers_are_given_up_and_come_again() -> None:
+    """In a process of its own: other tests' threads come and go."""
+    code = """
+import psutil, torch
+from accel.kernels.native import release_workers
+torch.set_num_threads(3)
+count = lambda: psutil.Process().num_threads()
+x = torch.ones(1 << 20)
+x.exp()
+busy = count()
+released = release_workers()
+after = count()
+assert torch.equal(x.exp(), x.exp())
+print(busy, released, after, count())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    busy, released, after, again = done.stdout.split()
+    assert released == "True"
+    assert int(busy) == int(again) == int(after) + 2
