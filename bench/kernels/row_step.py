@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+from torch.nn import functional as F
 
 from accel.artifacts.resolve import compiled_folder
 from accel.bench.kernels import cases as c
 from accel.bench.kernels.cases import Case, Check, Geometry, Peer, Ready
-from accel.kernels.row_step import Compiled, attempt, layout
+from accel.kernels.row_step import Compiled, attempt, layout, panels
 
 SMOLLM2 = Geometry("SmolLM2-135M", 9, 3, 64)
-HIDDEN, INTERMEDIATE = 576, 1536
+HIDDEN, INTERMEDIATE, VOCABULARY = 576, 1536, 49_152
 EPS = 1e-5
 
 
@@ -24,12 +25,46 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield _attend(c.TOY, 3, 2, 20, rank=0)
         yield _add_norm(3, rank=1)
         yield _silu_mul(3, rank=1)
+        yield _linear(3, 160, rank=1)
         return
+    # the largest weight, which no cache holds
+    for rank, N in enumerate((1, 5, 16, 4, 8, 64)):
+        yield _linear(N, VOCABULARY, rank)
     for rank, (R, n, length) in enumerate(((16, 1, 256), (1, 1, 256), (1, 5, 256), (1, 1, 4096), (1, 256, 1024))):
         yield _attend(SMOLLM2, R, n, length, rank)
     for N in (16, 256):
         yield _add_norm(N, rank=1)
         yield _silu_mul(N, rank=1)
+
+
+def _linear(N: int, outputs: int, rank: int) -> Case:
+    return Case(
+        "row_step",
+        f"linear, {N} tokens, {HIDDEN} to {outputs:,}",
+        {"N": N, "I": HIDDEN, "O": outputs, "models": SMOLLM2.models},
+        "float32",
+        bytes=4 * (HIDDEN * outputs + N * (HIDDEN + outputs)),
+        flops=2 * N * HIDDEN * outputs,
+        prepare=partial(_prepare_linear, N, outputs),
+        rank=rank,
+    )
+
+
+def _prepare_linear(N: int, outputs: int) -> Ready:
+    cpu, found = torch.device("cpu"), _compiled()
+    x, weight = (c.normal(cpu, n, HIDDEN, dtype=torch.float32, seed=s) for s, n in enumerate((N, outputs)))
+    ordered = panels(weight)
+    expected = F.linear(x, weight)
+
+    def agrees(out: torch.Tensor) -> Check:
+        return c.close("out", out, expected, c.tolerance(torch.float32))
+
+    peers = {"torch F.linear": Peer(lambda: F.linear(x, weight), agrees=agrees)}
+    if torch.backends.mkldnn.is_available():
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        run = torch.ops.mkldnn._linear_pointwise.default
+        peers["oneDNN, packed"] = Peer(lambda: run(x, packed, None, "none", [], ""), agrees=agrees)
+    return Ready(lambda: found.linear(x, ordered), lambda: [agrees(found.linear(x, ordered))], peers)
 
 
 def _attend(g: Geometry, R: int, n: int, length: int, rank: int) -> Case:
