@@ -19,13 +19,8 @@ EPS = 1e-5
 
 
 def cases(device: torch.device, quick: bool) -> Iterator[Case]:
+    """A CPU is what they are for: ``quick`` changes nothing."""
     if device.type != "cpu":
-        return
-    if quick:
-        yield _attend(c.TOY, 3, 2, 20, rank=0)
-        yield _add_norm(3, rank=1)
-        yield _silu_mul(3, rank=1)
-        yield _linear(3, 160, rank=1)
         return
     # the largest weight, which no cache holds
     for rank, N in enumerate((1, 5, 16, 4, 8, 64)):
