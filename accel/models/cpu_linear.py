@@ -12,16 +12,14 @@ for one row and a poor matrix-matrix shape for a few; both leave memory bandwidt
 ``auto`` measures them on a sample of the model's own shapes and takes, per number of rows, the fastest whose memory
 fits. All four compute the same sums in another order: results differ by rounding only.
 
-A draft model may be rounded, because what it says is verified: ``auto`` then also knows ``int8``, weights in 8 bits
-with one scale an output, inputs in 8 bits with one scale a row. That is a quarter of the bytes to stream and the
-processor's integer products, for about 1 % of error.
+A draft model may be rounded, because what it says is verified: ``auto`` then also knows ``int8``, the compiled product
+on weights in 8 bits with one scale an output: a quarter of the bytes to stream, for about half a percent of error.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import MethodType
@@ -44,10 +42,6 @@ MEASURED_ROWS = (1, 2, 4, 6, 8, 16)
 SAMPLE_BYTES = 96 << 20
 # reordering is skipped where the copies would take more than this share of the memory that is free
 MAX_SHARE_OF_FREE_MEMORY = 0.5
-
-# Bits of an int8 layer's inputs, the first that works: where a processor has no dot product of bytes, pairs of products
-# are summed in 16 bits, which overflows with 8.
-INPUT_BITS = (8, 7)
 
 Made = TypeVar("Made")
 LinearFunction = Callable[[Tensor], Tensor]
@@ -89,7 +83,7 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
         copies = int(MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / weights)
         reordered = [*(["compiled"] if made is not None else []), *(["packed"] if can_pack else [])]
         ways = ("linear", "transposed", *reordered[:copies])
-        ways += ("int8",) if may_round and _int8_bits() else ()
+        ways += ("int8",) if may_round and made is not None else ()
         way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
         way_by_rows = dict.fromkeys(MEASURED_ROWS, way)
@@ -98,6 +92,17 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
         module.forward = _FastForward(module, way_by_rows)  # type: ignore[method-assign, assignment]
     copied = weights * len(chosen & {"packed", "compiled"}) + weights // 4 * ("int8" in chosen)
     return Installed(modules, way_by_rows, copied)
+
+
+def panels_of(module: nn.Module, rows: int) -> row_step.Panels | None:
+    """The reordered weight of a layer that was installed, for who multiplies ``rows`` rows by many layers in one call.
+
+    None where calling the layer would be more, or something else.
+    """
+    forward = module.__dict__.get("forward")
+    if type(forward) is not _FastForward or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    return forward.panels(rows)
 
 
 def _eligible(model: nn.Module) -> Iterable[nn.Linear]:
@@ -137,8 +142,17 @@ class _FastForward:
             or not (x.is_cpu and weight.is_cpu)
         ):
             return F.linear(x, weight, self._parameters["bias"])
-        rows = x.numel() // self._features
-        return self._many(x) if rows > self._most else self._by_rows[max(rows, 1) - 1](x)
+        return self._function(x.numel() // self._features)(x)
+
+    def _function(self, rows: int) -> LinearFunction:
+        return self._many if rows > self._most else self._by_rows[max(rows, 1) - 1]
+
+    def panels(self, rows: int) -> row_step.Panels | None:
+        """The reordered weight, where the product of so many rows is with that and nothing else."""
+        function, weight = self._function(rows), self._parameters["weight"]
+        if type(function) is not _Compiled or self._parameters["bias"] is not None:
+            return None
+        return function.panels() if weight is not None and weight.dtype == torch.float32 and weight.is_cpu else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied layer computes with its own weights, so it gets torch's forward and not this one."""
@@ -170,36 +184,18 @@ def _packed(module: nn.Linear) -> LinearFunction:
     return lambda x: run(x, packed(), module.bias, "none", [], "")
 
 
-def _compiled(module: nn.Linear) -> LinearFunction:
-    made = row_step.compiled(compiled_folder())
-    assert made is not None, "install() asks first"
-    panels, parameters = _current(module, row_step.panels), module._parameters
+class _Compiled:
+    """The compiled product, on fp32 weights or, ``in_8_bits``, rounded ones."""
 
-    def forward(x: Tensor) -> Tensor:
-        out, bias = made.linear(x, panels()), parameters["bias"]
+    def __init__(self, module: nn.Linear, in_8_bits: bool = False) -> None:
+        made = row_step.compiled(compiled_folder())
+        assert made is not None, "install() asks first"
+        self._linear, self._parameters = made.linear, module._parameters
+        self.panels = _current(module, functools.partial(row_step.panels, in_8_bits=in_8_bits))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out, bias = self._linear(x, self.panels()), self._parameters["bias"]
         return out if bias is None else out.add_(bias)
-
-    return forward
-
-
-def _int8(module: nn.Linear) -> LinearFunction:
-    bits = _int8_bits()
-    if bits is None:
-        return _linear(module)
-    run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    middle = 1 << (bits - 1)
-    step = 1 / (middle - 1)
-    packed = _current(module, _pack_int8)
-
-    def forward(x: Tensor) -> Tensor:
-        if not x.numel():
-            return F.linear(x, module.weight, module.bias)
-        # each row to its own largest value: what a row says must not depend on its neighbours
-        scales = x.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
-        out: Tensor = run(x / scales, step, middle, packed()).mul_(scales)
-        return out if module.bias is None else out + module.bias
-
-    return forward
 
 
 def _current(module: nn.Linear, make: Callable[[Tensor], Made]) -> Callable[[], Made]:
@@ -226,18 +222,6 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _pack_int8(weight: Tensor) -> Any:
-    """weight [O, I] in 8 bits, with a scale an output, as the processor's kernel wants it."""
-    weight = weight.detach()
-    scales = weight.abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny).double() / 127
-    zeros = torch.zeros(len(weight), dtype=torch.long)
-    with warnings.catch_warnings():
-        # torch means to drop these tensors some day; ``_int8_bits`` finds out when it does
-        warnings.simplefilter("ignore", UserWarning)
-        rounded = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
-    return torch.ops.quantized.linear_prepack(rounded, None)
-
-
 def _state(weight: Tensor) -> tuple[int, int]:
     """Changes whenever the weight is replaced or written to (through ``.data`` alone, torch does not say)."""
     return weight.data_ptr(), weight._version
@@ -246,9 +230,9 @@ def _state(weight: Tensor) -> tuple[int, int]:
 _FUNCTIONS: dict[str, Callable[[nn.Linear], LinearFunction]] = {
     "linear": _linear,
     "transposed": _transposed,
-    "compiled": _compiled,
+    "compiled": _Compiled,
     "packed": _packed,
-    "int8": _int8,
+    "int8": functools.partial(_Compiled, in_8_bits=True),
 }
 
 
@@ -260,26 +244,6 @@ def _packing_works() -> bool:
             return bool(torch.allclose(_packed(probe)(x), probe(x), atol=1e-5))
     except (RuntimeError, NotImplementedError, AttributeError):
         return False
-
-
-@functools.cache
-def _int8_bits() -> int | None:
-    """Bits of the inputs that this processor multiplies by 8-bit weights without overflow; None if it cannot at all.
-
-    Ones are the probe: every product is the largest there is.
-    """
-    try:
-        run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        with torch.no_grad():
-            probe, x = _ones(64, 16, False), torch.ones(2, 64)
-            packed = _pack_int8(probe.weight)
-            for bits in INPUT_BITS:
-                middle = 1 << (bits - 1)
-                if torch.allclose(run(x, 1 / (middle - 1), middle, packed), probe(x), rtol=0.02):
-                    return bits
-    except (RuntimeError, NotImplementedError, AttributeError):
-        pass
-    return None
 
 
 def _sample(modules: Iterable[nn.Linear]) -> tuple[Shape, ...]:

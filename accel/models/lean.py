@@ -10,7 +10,7 @@ is compiled (``accel.kernels.row_step``) where the machine has a C compiler.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,11 @@ from accel.artifacts.resolve import compiled_folder
 from accel.kernels import row_step
 from accel.kernels.row_step import reference
 from accel.kernels.row_step.compiled import HEAD_SIZE_MULTIPLE, MAX_HEAD_SIZE
+from accel.kernels.row_step.reference import PANEL
+from accel.models import cpu_linear
 from accel.models.attention import is_watched, row_attention
 from accel.models.linear import LinearTarget, is_linear
-from accel.models.row_cache import MIN_TAIL_CAPACITY, Step
+from accel.models.row_cache import MIN_TAIL_CAPACITY, Segment, Step
 from accel.models.softmax_target import SoftmaxTarget
 
 # Proved equal to transformers' own by tests/models/test_lean.py
@@ -170,6 +172,10 @@ class _Layer(ABC):
         self.key_norm = getattr(layer.self_attn, "k_norm", None)
 
     @abstractmethod
+    def products(self) -> Sequence[Sequence[nn.Module]]:
+        """Its linear layers: queries, keys and values; out; gate and up; down."""
+
+    @abstractmethod
     def qkv(self, x: Tensor) -> Sequence[Tensor]: ...
 
     @abstractmethod
@@ -188,6 +194,13 @@ class _OwnLayer(_Layer):
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
         self._attention, self._mlp = layer.self_attn, layer.mlp
+
+    def products(self) -> Sequence[Sequence[nn.Module]]:
+        # the modules' own dicts: this is asked of every layer in every step
+        attention: dict[str, Any] = self._attention._modules
+        mlp: dict[str, Any] = self._mlp._modules
+        qkv = (attention["q_proj"], attention["k_proj"], attention["v_proj"])
+        return qkv, (attention["o_proj"],), (mlp["gate_proj"], mlp["up_proj"]), (mlp["down_proj"],)
 
     def qkv(self, x: Tensor) -> Sequence[Tensor]:
         attention = self._attention
@@ -214,6 +227,9 @@ class _JoinedLayer(_Layer):
         self._out = _Joined([attention.o_proj])
         self._gate_up = _Joined([mlp.gate_proj, mlp.up_proj])
         self._down = _Joined([mlp.down_proj])
+
+    def products(self) -> Sequence[Sequence[nn.Module]]:
+        return (self._qkv.linear,), (self._out.linear,), (self._gate_up.linear,), (self._down.linear,)
 
     def joined(self) -> list[_Joined]:
         return [self._qkv, self._out, self._gate_up, self._down]
@@ -249,17 +265,30 @@ class LeanTarget(SoftmaxTarget):
         # cosine and signed sine of every position so far
         self._angles = torch.empty(2, 0, self._head_size, dtype=torch.float32)
         self._compiled = row_step.compiled(compiled_folder())
+        self._eps: float = config.rms_norm_eps
+        self._has_looked = self._is_as_known = False
+        # the layers as one compiled call, by number of tokens, since the last look
+        self._stacks: dict[int, row_step.Stack | None] = {}
+
+    def open(self, segments: Iterable[Segment] = ()) -> int:
+        """A new, empty row. All rows are read from here on with what stands in the model now.
+
+        Looking at every module takes a tenth of a small model's step, so that it is not done in each.
+        """
+        self._has_looked = False
+        return super().open(segments)
+
+    def _look(self) -> None:
+        """Find out what stands in the model: whether the pass of this class says what the model itself would say."""
+        model = self.model
+        self._is_as_known = model.dtype == torch.float32 and model.device == self.device and _is_unchanged(self._frame)
 
     def _may_run(self) -> bool:
-        """Whether the pass of this class says what the model itself would say now."""
-        model = self.model
-        return (
-            not self.taps
-            and model.dtype == torch.float32
-            and model.device == self.device
-            and not torch.is_autocast_enabled("cpu")
-            and _is_unchanged(self._frame)
-        )
+        if not self._has_looked:
+            self._has_looked = True
+            self._stacks = {}
+            self._look()
+        return self._is_as_known and not self.taps and not torch.is_autocast_enabled("cpu")
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         return self.model.model.embed_tokens(tokens)
@@ -302,9 +331,17 @@ class LeanTarget(SoftmaxTarget):
             present = (torch.arange(step.n) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
             flat = flat[present]
         self._know_angles(max(step.first_positions) + step.n)
-        attend = self._compiled_attention(step, lengths) or self._attention(step, present)
-        between = self._compiled or reference
         x = self._embedded(flat)
+        rows = self._compiled_rows(step, lengths)
+        stack = None if rows is None else self._stack(len(flat))
+        if self._compiled is not None and rows is not None and stack is not None:
+            stores = [self.cache.tails(i, self._kv_heads, self._head_size, x) for i in range(len(self._layers))]
+            cosine, sine = self._angles.unbind()
+            return self._compiled.layers(
+                x, stack, rows, cosine, sine, stores, heads=self._heads, eps=self._eps, scale=self._scale
+            )
+        attend = self._attention(step, present) if rows is None else self._compiled_attention(rows)
+        between = self._compiled or reference
         delta = None
         for index, layer in enumerate(self._layers):
             q, k, v = layer.qkv(between.add_norm(x, delta, *_norm(layer.before_attention)))
@@ -315,6 +352,15 @@ class LeanTarget(SoftmaxTarget):
             delta = layer.down(between.silu_mul(gate, up))
         return x if delta is None else x.add_(delta)
 
+    def _stack(self, num_tokens: int) -> row_step.Stack | None:
+        """The layers as one compiled call; None where they are more than that, or a product is somebody else's."""
+        key = min(num_tokens, cpu_linear.MEASURED_ROWS[-1] + 1)
+        if key not in self._stacks:
+            layers = [_compiled_layer(layer, key) for layer in self._layers]
+            whole = [layer for layer in layers if layer is not None]
+            self._stacks[key] = row_step.Stack(whole) if len(whole) == len(layers) else None
+        return None if torch.is_autocast_enabled("cpu") else self._stacks[key]
+
     def _logits(self, x: Tensor) -> Tensor:
         between = self._compiled or reference
         return self._head(between.add_norm(x, None, *_norm(self.model.model.norm)))
@@ -324,8 +370,8 @@ class LeanTarget(SoftmaxTarget):
         weight, eps = _norm(norm)
         return reference.add_norm(x.unflatten(-1, (-1, self._head_size)), None, weight, eps).flatten(1)
 
-    def _compiled_attention(self, step: Step, lengths: Sequence[int] | None) -> Attend | None:
-        """The attention of this step over rows' tails, compiled; None where that cannot be or does not pay."""
+    def _compiled_rows(self, step: Step, lengths: Sequence[int] | None) -> Tensor | None:
+        """The rows as compiled attention over their tails takes them; None where that cannot be or does not pay."""
         size = self._head_size
         if (
             self._compiled is None
@@ -336,12 +382,16 @@ class LeanTarget(SoftmaxTarget):
             or is_watched()
         ):
             return None
-        compiled, (cosine, sine) = self._compiled, self._angles.unbind()
         counts = [step.n] * len(step.rows) if lengths is None else lengths
-        rows = row_step.layout([row.slot for row in step.rows], step.starts, step.first_positions, counts)
+        return row_step.layout([row.slot for row in step.rows], step.starts, step.first_positions, counts)
+
+    def _compiled_attention(self, rows: Tensor) -> Attend:
+        """The attention of this step over rows' tails, compiled."""
+        compiled, (cosine, sine) = self._compiled, self._angles.unbind()
+        assert compiled is not None, "_compiled_rows() asks first"
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = self.cache.tails(layer, self._kv_heads, size, k)
+            keys, values = self.cache.tails(layer, self._kv_heads, self._head_size, k)
             return compiled.attend(q, k, v, rows, cosine, sine, keys, values, scale=self._scale)
 
         return attend
@@ -389,17 +439,28 @@ class LeanDraft(LeanTarget):
         self._joined = [*(joined for layer in layers for joined in layer.joined()), self._joined_head]
         self.linears = nn.ModuleList([joined.linear for joined in self._joined])
 
-    def _may_run(self) -> bool:
-        # changes of the weights are followed; everything else was looked at when the draft was attached
-        return True
-
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def _look(self) -> None:
+        # everything but the weights was looked at when the draft was attached
+        self._is_as_known = True
         for joined in self._joined:
             joined.refresh()
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.model.model.embed_tokens.weight).float()
 
     def _head(self, x: Tensor) -> Tensor:
         return self._joined_head.linear(x)
+
+
+def _compiled_layer(layer: _Layer, num_tokens: int) -> row_step.Layer | None:
+    """A layer of whose products of so many tokens each is with panels, and between which nothing is unknown to C."""
+    norms = [layer.before_attention.weight, layer.before_mlp.weight]
+    products = [[cpu_linear.panels_of(each, num_tokens) for each in group] for group in layer.products()]
+    known = [[each for each in group if each is not None and not each.outputs % PANEL] for group in products]
+    is_whole = list(map(len, known)) == list(map(len, products)) and layer.query_norm is None
+    if not is_whole or any(norm.dtype != torch.float32 or not norm.is_contiguous() for norm in norms):
+        return None
+    return row_step.Layer(*norms, *known)
 
 
 def _norm(norm: Any) -> tuple[Tensor, float]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from accel.kernels.native import NotCompiled, library
 from accel.kernels.row_step import reference
-from accel.kernels.row_step.compiled import Compiled
-from accel.kernels.row_step.reference import Panels, panels
+from accel.kernels.row_step.compiled import Compiled, Stack
+from accel.kernels.row_step.reference import Layer, Panels, panels
 
-__all__ = ["Compiled", "Panels", "attempt", "compiled", "layout", "panels"]
+__all__ = ["Compiled", "Layer", "Panels", "Stack", "attempt", "compiled", "layout", "panels"]
 
 SOURCE = Path(__file__).with_name("cpu.c")
 # RMS error over the RMS of the reference that a library may have in its first call

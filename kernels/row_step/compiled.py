@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accel.kernels.common import kind
-from accel.kernels.row_step.reference import PANEL, Panels
+from accel.kernels.row_step.reference import PACKED, PANEL, Layer, Panels
 
 # what cpu.c's vectors and buffers take
 MAX_HEAD_SIZE = 256
@@ -17,13 +19,39 @@ HEAD_SIZE_MULTIPLE = 16
 
 _SIGNATURES = {
     "add_norm": (c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_float, c_void_p),
-    "linear": (c_int, c_int64, c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p),
+    "linear": (c_int, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
     "silu_mul": (c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "attend": (
         c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64,
         c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p,
     ),
+    "layers": (
+        c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float,
+        c_float, c_void_p, c_void_p, c_int64, c_void_p,
+    ),
 }  # fmt: skip
+# fields of cpu.c's Weight
+_WEIGHT = ("panels", "scales", "inputs", "num_panels")
+
+
+class Stack:
+    """Decoder layers as ``Compiled.layers`` takes them, all of one shape."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        records = []
+        for layer in layers:
+            norms = [layer.before_attention, layer.before_mlp]
+            assert all(norm.dtype == torch.float32 and norm.is_contiguous() for norm in norms)
+            fields = [norm.data_ptr() for norm in norms]
+            for parts, most in ((layer.qkv, 3), (layer.out, 1), (layer.gate_up, 2), (layer.down, 1)):
+                assert len(parts) <= most and not any(part.outputs % PANEL for part in parts)
+                fields += [field for part in parts for field in part.record.tolist()]
+                fields += [0] * (len(_WEIGHT) * (most - len(parts)))
+            records.append([*fields, 0, 0])
+        self.table = torch.tensor(records)
+        self.inner = layers[0].down[0].inputs
+        # what the table points to
+        self.layers = tuple(layers)
 
 
 class Compiled:
@@ -33,20 +61,22 @@ class Compiled:
         for name, types in _SIGNATURES.items():
             getattr(library, name).argtypes = types
             getattr(library, name).restype = None
-        library.attend.restype = c_int
-        self._linear, self._attend = library.linear, library.attend
+        library.attend.restype = library.layers.restype = c_int
+        self._linear, self._attend, self._layers = library.linear, library.attend, library.layers
         self._add_norm, self._silu_mul = library.add_norm, library.silu_mul
 
     def linear(self, x: Tensor, panels: Panels) -> Tensor:
-        """x weightᵀ: fp32 x ``[…, I]``, a weight ``[O, I]`` → ``[…, O]``."""
+        """x weightᵀ: fp32 x ``[…, I]``, a weight ``[O, I]`` in fp32 or 8 bits → ``[…, O]``."""
         rows = x if x.ndim == 2 and x.stride(1) == 1 else x.reshape(-1, panels.inputs).contiguous()
         tokens, inputs = rows.shape
         if inputs != panels.inputs or x.dtype != torch.float32:
             raise ValueError(f"x is {kind(x)}: must be float32 […, {panels.inputs}] on cpu")
-        out = rows.new_empty(tokens, panels.num_panels * PANEL)
+        if panels.scales is not None and inputs % PACKED:
+            rows = F.pad(rows, (0, -inputs % PACKED))
+        out = rows.new_empty(tokens, panels.outputs + -panels.outputs % PANEL)
         self._linear(
-            torch.get_num_threads(), tokens, inputs, panels.num_panels, rows.data_ptr(), rows.stride(0),
-            panels.address, out.data_ptr(),
+            torch.get_num_threads(), tokens, panels.address, rows.data_ptr(), rows.stride(0), out.data_ptr(),
+            out.stride(0),
         )  # fmt: skip
         if panels.outputs % PANEL:
             out = out[:, : panels.outputs].contiguous()
@@ -107,6 +137,38 @@ class Compiled:
         if failed:
             raise MemoryError("no memory for the scores of an attention step")
         return out
+
+    def layers(
+        self,
+        x: Tensor,
+        stack: Stack,
+        rows: Tensor,
+        cosine: Tensor,
+        sine: Tensor,
+        stores: Sequence[tuple[Tensor, Tensor]],
+        *,
+        heads: int,
+        eps: float,
+        scale: float,
+    ) -> Tensor:
+        """All layers in one call: x ``[N, H]``, written to → what the last norm is taken of ``[N, H]``.
+
+        rows, cosine, sine and a layer's stores are ``attend``'s, the stores of all layers of one shape. Every weight's
+        outputs must be a multiple of 16.
+        """
+        keys = stores[0][0]
+        _, kv_heads, capacity, size = keys.shape
+        assert x.is_contiguous() and x.dtype == keys.dtype == torch.float32
+        assert all(each.is_contiguous() for each in (rows, cosine, sine))
+        stack.table[:, -2:] = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in stores])
+        failed = self._layers(
+            torch.get_num_threads(), stack.table.data_ptr(), len(stack.layers), rows.data_ptr(), len(rows), len(x),
+            x.shape[1], heads, kv_heads, size, stack.inner, eps, scale, cosine.data_ptr(), sine.data_ptr(), capacity,
+            x.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for what lies between the products of a step")
+        return x
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-/* What a decoder layer does for a few new tokens of some rows, in fp32.
+/* What a decoder layer does for a few new tokens of some rows, in fp32; weights may have 8 bits.
  *
  * Vectors of eight floats in GCC's and Clang's portable notation: the compiler makes AVX, SSE or NEON of them. OpenMP's
  * symbols are left open and found in the runtime that torch has loaded, so that both use one pool of threads.
@@ -115,41 +115,66 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
 #define MAX_TOKENS 6
 /* inputs of a panel that are multiplied before the next tokens come: they stay in the first or second cache */
 #define MAX_INPUTS 576
-/* floats ahead of the product that weights are asked for */
-#define AHEAD 256
+/* bytes ahead of the product that weights are asked for */
+#define AHEAD 1024
 
-/* out (+)= x panel for `tokens` tokens, a constant where this is inlined; `fetch`: the panel comes from memory. */
-static inline __attribute__((always_inline)) void products(const int tokens, const int is_first, const int fetch,
-                                                           int64_t inputs, const float *x, int64_t x_stride,
-                                                           const float *panel, float *out, int64_t out_stride) {
+/* 8-bit weights of four inputs that follow one another lie in one integer, so that shifts take them apart */
+#define PACKED 4
+
+/* weight i of `size` bytes of the eight outputs that begin at `panel` */
+static inline __attribute__((always_inline)) vec weights_of(const void *panel, int64_t i, const int size) {
+    if (size == sizeof(float)) return load((const float *)panel + i * PANEL);
+    const ivec four = *(const ivec *)((const int32_t *)panel + i / PACKED * PANEL);
+    return __builtin_convertvector(four << (24 - 8 * (i % PACKED)) >> 24, vec);
+}
+
+/* out (+)= x panel for `tokens` tokens, weights of `size` bytes, constants where this is inlined; `fetch`: the panel
+ * comes from memory. */
+static inline __attribute__((always_inline)) void products(const int tokens, const int size, const int is_first,
+                                                           const int fetch, int64_t inputs, const float *x,
+                                                           int64_t x_stride, const void *panel, float *out,
+                                                           int64_t out_stride) {
+    const int together = size == sizeof(float) ? 1 : PACKED;
+    /* sums that go side by side, where few tokens would leave one waiting for itself */
+    const int ways = size == sizeof(float) || tokens > 2 ? 1 : 2;
     /* not of `tokens`: an array whose size is no constant expression lives in memory */
-    vec sums[MAX_TOKENS][2];
+    vec sums[MAX_TOKENS * 2][2];
     for (int t = 0; t < tokens; t++)
-        for (int half = 0; half < 2; half++)
+        for (int half = 0; half < 2; half++) {
             sums[t][half] = is_first ? all(0) : load(out + t * out_stride + half * LANES);
-    for (int64_t i = 0; i < inputs; i++) {
-        const vec low = load(panel + i * PANEL), high = load(panel + i * PANEL + LANES);
-        if (fetch) __builtin_prefetch(panel + i * PANEL + AHEAD, 0, 3);
-        for (int t = 0; t < tokens; t++) {
-            const vec value = all(x[t * x_stride + i]);
-            sums[t][0] += low * value;
-            sums[t][1] += high * value;
+            if (ways == 2) sums[MAX_TOKENS + t][half] = all(0);
+        }
+    for (int64_t i = 0; i < inputs; i += together) {
+        const char *here = (const char *)panel + i * PANEL * size;
+        if (fetch) __builtin_prefetch(here + AHEAD, 0, 3);
+        for (int k = 0; k < together; k++) {
+            const vec low = weights_of(here, k, size), high = weights_of(here + LANES * sizeof(float), k, size);
+            for (int t = 0; t < tokens; t++) {
+                const vec value = all(x[t * x_stride + i + k]);
+                vec *sum = sums[k % ways * MAX_TOKENS + t];
+                sum[0] += low * value;
+                sum[1] += high * value;
+            }
         }
     }
     for (int t = 0; t < tokens; t++)
-        for (int half = 0; half < 2; half++) store(out + t * out_stride + half * LANES, sums[t][half]);
+        for (int half = 0; half < 2; half++) {
+            if (ways == 2) sums[t][half] += sums[MAX_TOKENS + t][half];
+            store(out + t * out_stride + half * LANES, sums[t][half]);
+        }
 }
 
-#define PRODUCTS(tokens)                                                                     \
-    do {                                                                                     \
-        if (is_first && fetch) products(tokens, 1, 1, inputs, x, x_stride, panel, out, width); \
-        else if (is_first) products(tokens, 1, 0, inputs, x, x_stride, panel, out, width);     \
-        else if (fetch) products(tokens, 0, 1, inputs, x, x_stride, panel, out, width);        \
-        else products(tokens, 0, 0, inputs, x, x_stride, panel, out, width);                   \
+#define PRODUCTS(tokens)                                                                           \
+    do {                                                                                           \
+        if (is_first && fetch) products(tokens, size, 1, 1, inputs, x, x_stride, panel, out, width); \
+        else if (is_first) products(tokens, size, 1, 0, inputs, x, x_stride, panel, out, width);     \
+        else if (fetch) products(tokens, size, 0, 1, inputs, x, x_stride, panel, out, width);        \
+        else products(tokens, size, 0, 0, inputs, x, x_stride, panel, out, width);                   \
     } while (0)
 
-static void products_of(int64_t tokens, int is_first, int fetch, int64_t inputs, const float *x, int64_t x_stride,
-                        const float *panel, float *out, int64_t width) {
+static inline __attribute__((always_inline)) void products_of(int64_t tokens, const int size, int is_first, int fetch,
+                                                              int64_t inputs, const float *x, int64_t x_stride,
+                                                              const void *panel, float *out, int64_t width) {
     switch (tokens) {
     case 1: PRODUCTS(1); break;
     case 2: PRODUCTS(2); break;
@@ -160,21 +185,49 @@ static void products_of(int64_t tokens, int is_first, int fetch, int64_t inputs,
     }
 }
 
-/* out = x panels: x [tokens, inputs], panels [num_panels, inputs, PANEL], out [tokens, num_panels * PANEL] */
-void linear(int threads, int64_t tokens, int64_t inputs, int64_t num_panels, const float *x, int64_t x_stride,
-            const float *panels, float *out) {
-    const int64_t parts = (inputs + MAX_INPUTS - 1) / MAX_INPUTS, part = (inputs + parts - 1) / parts;
-#pragma omp parallel for num_threads(threads) schedule(static) if (inputs * num_panels * PANEL > WORTH_THREADS)
-    for (int64_t p = 0; p < num_panels; p++)
-        for (int64_t i = 0; i < inputs; i += part)
-            for (int64_t t = 0; t < tokens;) {
-                /* parts of about one size */
-                const int64_t left = tokens - t;
-                const int64_t count = left <= MAX_TOKENS ? left : left <= 8 ? 4 : left <= 10 ? 5 : MAX_TOKENS;
-                products_of(count, i == 0, t == 0, part < inputs - i ? part : inputs - i, x + t * x_stride + i, x_stride,
-                            panels + (p * inputs + i) * PANEL, out + (t * num_panels + p) * PANEL, num_panels * PANEL);
-                t += count;
-            }
+static inline __attribute__((always_inline)) void panel_of(const int size, int64_t tokens, int64_t inputs, const float *x,
+                                                           int64_t x_stride, const char *panel, float *out,
+                                                           int64_t width) {
+    const int64_t parts = (inputs + MAX_INPUTS - 1) / MAX_INPUTS;
+    const int64_t part = ((inputs + parts - 1) / parts + PACKED - 1) / PACKED * PACKED;
+    for (int64_t i = 0; i < inputs; i += part)
+        for (int64_t t = 0; t < tokens;) {
+            /* parts of about one size */
+            const int64_t left = tokens - t;
+            const int64_t count = left <= MAX_TOKENS ? left : left <= 8 ? 4 : left <= 10 ? 5 : MAX_TOKENS;
+            products_of(count, size, i == 0, t == 0, part < inputs - i ? part : inputs - i, x + t * x_stride + i, x_stride,
+                        panel + i * PANEL * size, out + t * width, width);
+            t += count;
+        }
+}
+
+/* A matrix with which inputs are multiplied, in panels: fp32 [num_panels, inputs, PANEL], or with `scales`
+ * [num_panels * PANEL] bytes [num_panels, inputs / PACKED, PANEL, PACKED] and inputs that are a multiple of PACKED. */
+typedef struct {
+    const void *panels;
+    const float *scales;
+    int64_t inputs;
+    int64_t num_panels;
+} Weight;
+
+/* out = x weight: x [tokens, inputs], out [tokens, num_panels * PANEL], *_stride floats from a token to the next */
+void linear(int threads, int64_t tokens, const Weight *weight, const float *x, int64_t x_stride, float *out,
+            int64_t out_stride) {
+    const float *scales = weight->scales;
+    const int64_t inputs = weight->inputs, size = scales ? 1 : sizeof(float);
+#pragma omp parallel for num_threads(threads) schedule(static) if (inputs * weight->num_panels * PANEL > WORTH_THREADS)
+    for (int64_t p = 0; p < weight->num_panels; p++) {
+        const char *panel = (const char *)weight->panels + p * inputs * PANEL * size;
+        float *to = out + p * PANEL;
+        if (!scales) {
+            panel_of(sizeof(float), tokens, inputs, x, x_stride, panel, to, out_stride);
+            continue;
+        }
+        panel_of(1, tokens, inputs, x, x_stride, panel, to, out_stride);
+        for (int64_t t = 0; t < tokens; t++)
+            for (int64_t half = 0; half < PANEL; half += LANES)
+                store(to + t * out_stride + half, load(to + t * out_stride + half) * load(scales + p * PANEL + half));
+    }
 }
 
 static inline void rotate(const float *x, const float *cosine, const float *sine, int64_t size, float *out) {
@@ -310,4 +363,57 @@ int attend(int threads, const Row *rows, int64_t num_rows, int64_t heads, int64_
     }
     free(scratch);
     return 0;
+}
+
+/* A decoder layer: the weights of its norms, its products, and where its rows' keys and values lie. Products that are
+ * joined are the first of theirs; the others have no panels then. */
+typedef struct {
+    const float *before_attention;
+    const float *before_mlp;
+    Weight qkv[3];
+    Weight out;
+    Weight gate_up[2];
+    Weight down;
+    float *keys;
+    float *values;
+} Layer;
+
+/* products of one input, side by side in `out` */
+static void products_side_by_side(int threads, int64_t tokens, const Weight *weights, int count, const float *x,
+                                  int64_t x_stride, float *out, int64_t out_stride) {
+    for (int i = 0; i < count; i++) {
+        if (!weights[i].panels) continue;
+        linear(threads, tokens, weights + i, x, x_stride, out, out_stride);
+        out += weights[i].num_panels * PANEL;
+    }
+}
+
+/* All decoder layers: x [tokens, hidden] in, and out as it is before the last norm.
+ *
+ * Rows, tables and stores as `attend` has them. Returns 0, or 1 where there is no memory for what lies in between.
+ */
+int layers(int threads, const Layer *layers, int64_t num_layers, const Row *rows, int64_t num_rows, int64_t tokens,
+           int64_t hidden, int64_t heads, int64_t kv_heads, int64_t size, int64_t inner, float eps, float scale,
+           const float *cosine, const float *sine, int64_t capacity, float *x) {
+    const int64_t queries = heads * size, keys = kv_heads * size, width = queries + 2 * keys;
+    float *normed = malloc((size_t)(tokens * (2 * hidden + width + queries + 3 * inner)) * sizeof(float));
+    if (!normed) return 1;
+    float *delta = normed + tokens * hidden, *qkv = delta + tokens * hidden, *attended = qkv + tokens * width;
+    float *gate_up = attended + tokens * queries, *gated = gate_up + 2 * tokens * inner;
+    int failed = 0;
+    for (int64_t l = 0; l < num_layers && !failed; l++) {
+        const Layer *layer = layers + l;
+        add_norm(threads, tokens, hidden, x, l ? delta : NULL, layer->before_attention, eps, normed);
+        products_side_by_side(threads, tokens, layer->qkv, 3, normed, hidden, qkv, width);
+        failed = attend(threads, rows, num_rows, heads, kv_heads, size, scale, qkv, width, qkv + queries, width,
+                        qkv + queries + keys, width, cosine, sine, layer->keys, layer->values, capacity, attended);
+        linear(threads, tokens, &layer->out, attended, queries, delta, hidden);
+        add_norm(threads, tokens, hidden, x, delta, layer->before_mlp, eps, normed);
+        products_side_by_side(threads, tokens, layer->gate_up, 2, normed, hidden, gate_up, 2 * inner);
+        silu_mul(threads, tokens, inner, 2 * inner, gate_up, gate_up + inner, gated);
+        linear(threads, tokens, &layer->down, gated, inner, delta, hidden);
+    }
+    for (int64_t i = 0; i < tokens * hidden; i++) x[i] += delta[i];
+    free(normed);
+    return failed;
 }

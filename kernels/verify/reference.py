@@ -9,6 +9,7 @@ costs nothing more and what stands after a row's length is never read.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,18 @@ def verify(
     else:
         n_accepted, weights = _verify_token(scores, tokens, lengths, q, uniforms, lenience)
     return Verdict(n_accepted, _draw(weights, uniforms[:, -1]))
+
+
+def longest_prefix(scores: Tensor, tokens: Sequence[int]) -> tuple[int, int]:
+    """``verify`` of one greedy row, for who has the draft's tokens on the host: (tokens kept, the token after them).
+
+    scores ``[n, V]`` with n > len(tokens). A small model's step on a CPU is short enough to feel what ``verify`` calls.
+    """
+    best: list[int] = first_argmax(scores[: len(tokens) + 1]).tolist()
+    kept = next((i for i, token in enumerate(tokens) if token != best[i]), len(tokens))
+    if not float(scores[kept, best[kept]]) > -torch.inf:
+        raise ValueError(NOTHING_TO_CHOOSE)
+    return kept, best[kept]
 
 
 def f(p: Tensor, lenience: Lenience | None) -> Tensor:

@@ -57,6 +57,26 @@ def test_a_product(functions, tokens: int, inputs: int, outputs: int) -> None:
     assert close(got[:, 0].double(), expected)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 6, 11])
+@pytest.mark.parametrize(("inputs", "outputs"), [(1, 1), (7, 5), (16, 32), (40, 49), (577, 192)])
+def test_a_product_with_weights_in_8_bits(functions, tokens: int, inputs: int, outputs: int) -> None:
+    x, weight = normal(tokens, inputs + 3)[:, :inputs], normal(outputs, inputs, seed=1)
+    # each output has its own scale; one of nothing but zeros has a scale, too
+    weight *= torch.logspace(-6, 6, outputs)[:, None]
+    weight[-1] = 0
+    scales = weight.double().abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (weight / scales).round()
+    assert rounded.abs().max() == (127 if outputs > 1 else 0)
+    panels = row_step.panels(weight, in_8_bits=True)
+    assert panels.weights.dtype == torch.int8
+    got = functions.linear(x, panels).double() / scales.T
+    assert got.shape == (tokens, outputs)
+    # what lies just between two integers may be rounded to either
+    unsure = ((weight / scales).frac().abs() - 0.5).abs() < 1e-4
+    assert close(got[:, ~unsure.any(1)], (x.double() @ rounded.T)[:, ~unsure.any(1)]) or outputs == 1
+    assert not got[:, -1].any()
+
+
 # one value, an odd width, a vector and one more, a real model's; few tokens, and enough to wake the other threads
 @pytest.mark.parametrize("width", [1, 7, 8, 9, 33, 576])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
@@ -172,12 +192,64 @@ def test_parts_of_a_joined_product_are_read_where_they_lie(made: Compiled) -> No
     assert torch.equal(found[0], found[2])
 
 
+LAYERS = {
+    "one token": ([0], [5], [1], False, 1),
+    "joined products, several layers": ([2, 0], [8, 3], [3, 1], True, 2),
+    "rows of all lengths": ([3, 0, 2, 1], [0, 37, 64, 1], [5, 1, 2, 9], False, 3),
+}
+
+
+@pytest.mark.parametrize("in_8_bits", [False, True], ids=["fp32", "8 bits"])
+@pytest.mark.parametrize("case", LAYERS)
+def test_layers_in_one_call_are_their_parts(functions, case: str, in_8_bits: bool) -> None:
+    slots, starts, counts, is_joined, depth = LAYERS[case]
+    hidden, heads, kv_heads, size, inner, capacity, eps = 48, 4, 2, 16, 80, 128, 1e-3
+    shapes = [(64, hidden), (32, hidden), (32, hidden), (hidden, 64), (inner, hidden), (inner, hidden), (hidden, inner)]
+    weights = [[normal(o, i, seed=10 * n + s) / i**0.5 for s, (o, i) in enumerate(shapes)] for n in range(depth)]
+    norms = [(normal(hidden, seed=50 + n), normal(hidden, seed=60 + n)) for n in range(depth)]
+    cosine, sine, _ = tables(256, size)
+    rows = layout(slots, starts, [7 + start for start in starts], counts)
+    stores = [[normal(5, kv_heads, capacity, size, seed=70 + 2 * n + i) for i in range(2)] for n in range(depth)]
+    x = normal(sum(counts), hidden, seed=90)
+
+    stack, expected, own = [], x.clone(), [[each.clone() for each in pair] for pair in stores]
+    for (before_attention, before_mlp), each, (keys, values) in zip(norms, weights, own, strict=True):
+        panels = [row_step.panels(weight, in_8_bits=in_8_bits) for weight in each]
+        q, k, v, out, gate, up, down = (lambda x, p=p: reference.linear(x, p) for p in panels)
+        normed = torch.nn.functional.rms_norm(expected, (hidden,), before_attention, eps)
+        found = reference.attend(q(normed), k(normed), v(normed), rows, cosine, sine, keys, values, scale=0.25)
+        expected = expected + out(found)
+        normed = torch.nn.functional.rms_norm(expected, (hidden,), before_mlp, eps)
+        expected = expected + down(torch.nn.functional.silu(gate(normed)) * up(normed))
+        if is_joined:
+            # a row is rounded by itself, so that joined weights are the same weights
+            joined = [torch.cat(each[:3]), torch.cat(each[4:6])]
+            qkv, gate_up = ([row_step.panels(weight, in_8_bits=in_8_bits)] for weight in joined)
+        else:
+            qkv, gate_up = panels[:3], panels[4:6]
+        stack.append(row_step.Layer(before_attention, before_mlp, qkv, [panels[3]], gate_up, [panels[6]]))
+
+    made = stack if functions is reference else row_step.Stack(stack)
+    given = (made, rows, cosine, sine, [tuple(pair) for pair in stores])
+    got = functions.layers(x.clone(), *given, heads=heads, eps=eps, scale=0.25)
+    assert close(got, expected)
+    for pair, wanted in zip(stores, own, strict=True):
+        assert all(close(a, b) for a, b in zip(pair, wanted, strict=True))
+
+
 # what is broken: the source text, the broken text, and the test that must notice
 MUTATIONS = [
     ("the sums so far", "is_first ? all(0) : load(out + t * out_stride + half * LANES)", "all(0)", "linear"),
-    ("the second half of a panel", "sums[t][1] += high * value", "sums[t][1] += low * value", "linear"),
-    ("the second part of the tokens", "out + (t * num_panels + p) * PANEL", "out + p * PANEL", "linear"),
+    ("the second half of a panel", "sum[1] += high * value", "sum[1] += low * value", "linear"),
+    ("the second part of the tokens", "out + t * width, width", "out, width", "linear"),
     ("the part of the inputs", "x + t * x_stride + i, x_stride,", "x + t * x_stride, x_stride,", "linear"),
+    ("the weight in its integer", "<< (24 - 8 * (i % PACKED)) >> 24", "<< 24 >> 24", "8 bits"),
+    ("the second sum of few tokens", "sums[t][half] += sums[MAX_TOKENS + t][half]", "", "8 bits"),
+    ("the scales", "load(scales + p * PANEL + half)", "load(scales + half)", "8 bits"),
+    ("the other layers' sums", "l ? delta : NULL", "NULL", "layers"),
+    ("the next part's place", "out += weights[i].num_panels * PANEL", "", "layers"),
+    ("the layer's own store", "layer->values, capacity", "layer->keys, capacity", "layers"),
+    ("the last sum", "x[i] += delta[i]", "x[i] += 0", "layers"),
     ("the mean's epsilon", "(float)width + eps", "(float)width", "norm"),
     ("what is added", "value += load(delta + t * width + i)", "value", "norm"),
     ("the norm's end", "for (; i < width; i++) to[i] = row[i] * scale * weight[i];", "", "norm"),
@@ -208,6 +280,8 @@ def test_a_deliberate_bug_turns_a_check_red(text: str, broken: str, check: str, 
     mutant = Compiled(native.library(tmp_path / "cpu.c", tmp_path))
     checks = {
         "linear": lambda: [test_a_product(mutant, n, 577, 49) for n in (1, 4, 11)],
+        "8 bits": lambda: [test_a_product_with_weights_in_8_bits(mutant, n, 40, 49) for n in (1, 3)],
+        "layers": lambda: [test_layers_in_one_call_are_their_parts(mutant, case, False) for case in LAYERS],
         "norm": lambda: [test_a_sum_and_its_norm(mutant, n, 33) for n in (1, 40)],
         "silu": lambda: [test_gated_silu(mutant, 2, width) for width in (8, 13)],
         "attend": lambda: [test_attention_over_rows(mutant, case, False) for case in CASES],

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.kernels.verify import accept, draw, f, residual, verify
+from accel.kernels.verify import accept, draw, f, longest_prefix, residual, verify
 
 BELOW_ONE = 1 - 2**-53  # the largest float64 uniform
 LENIENCES = [None, ("lin", 0.5), ("sq", 0.7), ("exp", 0.3)]
@@ -296,6 +296,23 @@ def test_greedy_is_the_longest_prefix_of_argmaxes(dtype):
             while n < lengths[r] and tokens[r, n] == best[r, n]:
                 n += 1
             assert (kept[r], following[r]) == (n, best[r, n])
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_one_greedy_row_on_the_host_is_the_same_verdict(data):
+    V, K, more = data.draw(st.integers(1, 5)), data.draw(st.integers(0, 4)), data.draw(st.integers(0, 2))
+    # few values, so that there are ties and longer prefixes
+    values = st.lists(st.sampled_from([0.0, 1.0, -torch.inf]), min_size=V, max_size=V)
+    scores = torch.tensor([data.draw(values) for _ in range(K + 1 + more)])
+    tokens = [data.draw(st.integers(0, V - 1)) for _ in range(K)]
+    try:
+        expected = verify(scores[None, : K + 1], torch.tensor([tokens]).long(), torch.tensor([K]), greedy=True)
+    except ValueError as error:
+        with pytest.raises(ValueError, match=str(error)[:20]):
+            longest_prefix(scores, tokens)
+        return
+    assert longest_prefix(scores, tokens) == (int(expected.n_accepted), int(expected.next_token))
 
 
 @pytest.mark.parametrize(

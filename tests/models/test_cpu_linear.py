@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accel.errors import OptionError
+from accel.kernels import row_step
 from accel.models import cpu_linear
 from accel.models.cpu_linear import MEASURED_ROWS, WAYS, install
 
@@ -40,6 +41,12 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
+def name_of(function) -> str:
+    if isinstance(function, cpu_linear._Compiled):
+        return "compiled" if function.panels().scales is None else "int8"
+    return function.__qualname__.split(".")[0].strip("_")
+
+
 @pytest.fixture
 def timings(monkeypatch):
     """Scripted seconds for (way, rows) instead of a clock; counts how often a choice was measured."""
@@ -49,7 +56,7 @@ def timings(monkeypatch):
     def fake(functions, inputs):
         script.calls += 1
         inputs, functions = list(inputs), list(functions)
-        (way,) = {f.__qualname__.split(".")[0].strip("_") for f in functions}
+        (way,) = {name_of(f) for f in functions}
         return script.seconds.get((way, len(inputs[0])), 1.0)
 
     monkeypatch.setattr(cpu_linear, "_time", fake)
@@ -260,6 +267,7 @@ def test_auto_takes_the_fastest_per_number_of_rows(timings, memory) -> None:
     assert installed.extra_bytes == 2 * IN * OUT * 4
 
 
+@needs_compiler
 def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, memory) -> None:
     memory(1 << 40)
     timings.seconds = {("int8", rows): 0.1 for rows in MEASURED_ROWS} | {("packed", 8): 0.05}
@@ -275,8 +283,7 @@ def test_a_model_that_may_round_takes_8_bits_where_they_are_fastest(timings, mem
     assert installed.way_by_rows == {1: "int8", 2: "int8", 4: "int8", 6: "int8", 8: "packed", 16: "int8"}
     assert installed.extra_bytes == 2 * IN * 64 * 4 + 2 * IN * 64
     # what was measured fastest for the most rows is taken for more
-    # 7 bits of the inputs where the processor has no dot product of bytes: twice the error of 8
-    assert all(TOLERANCE < each < 0.03 for each in (*errors[:3], *errors[4:]))
+    assert all(TOLERANCE < each < 0.01 for each in (*errors[:3], *errors[4:]))
     assert errors[3] <= TOLERANCE
 
 
@@ -287,6 +294,7 @@ def rounding(got: Tensor, layer: nn.Linear, x: Tensor) -> float:
     return float((got - layer(x)).square().mean().sqrt() / usual.clamp_min(1e-30))
 
 
+@needs_compiler
 @torch.no_grad()
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 1), (64, 7), (96, 80), (33, 40), (8, 8)])
 def test_8_bits_of_any_shape_and_of_misaligned_rows(inputs: int, outputs: int) -> None:
@@ -296,45 +304,43 @@ def test_8_bits_of_any_shape_and_of_misaligned_rows(inputs: int, outputs: int) -
     for rows in (1, 2, 3, 5):
         # rows of another tensor begin where they may
         x = torch.randn(rows * inputs + 3)[3:].reshape(rows, inputs)
-        assert rounding(run(x), layer, x) < 0.03
+        assert rounding(run(x), layer, x) < 0.01
     layer.weight.mul_(3.0)
-    assert rounding(run(x), layer, x) < 0.03
+    assert rounding(run(x), layer, x) < 0.01
     # a row's own size does not make its neighbour coarse
     sizes = torch.tensor([1e-6, 1.0, 1e6, 0.0, 1e15])[:, None]
     rows = [(x * sizes)[i : i + 1] for i in range(5)]
-    assert all(rounding(got[None], layer, row) < 0.03 for got, row in zip(run(x * sizes), rows, strict=True))
+    assert all(rounding(got[None], layer, row) < 0.01 for got, row in zip(run(x * sizes), rows, strict=True))
     layer.weight.zero_()
-    assert error(run(x), layer(x)) < 0.03
+    assert error(run(x), layer(x)) < 0.01
 
 
+@needs_compiler
 @torch.no_grad()
-def test_inputs_get_fewer_bits_where_sums_overflow(monkeypatch) -> None:
-    run = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
-
-    class Overflows:
-        """A processor that adds pairs of products in 16 bits."""
-
-        @staticmethod
-        def default(x, scale, middle, packed):
-            return run(x, scale, middle, packed) * (0.5 if middle == 128 else 1.0)
-
-    monkeypatch.setattr(torch.ops.quantized, "linear_with_input_q_dq_qweight_dq_output_fp32", Overflows)
-    cpu_linear._int8_bits.cache_clear()
-    try:
-        assert cpu_linear._int8_bits() == 7
-        layer = nn.Linear(IN, OUT)
-        x = torch.randn(3, IN)
-        assert error(cpu_linear._FUNCTIONS["int8"](layer)(x), layer(x)) < 0.03
-
-        def gone(weight):
-            raise AttributeError("no such operator")
-
-        monkeypatch.setattr(cpu_linear, "_pack_int8", gone)
-        cpu_linear._int8_bits.cache_clear()
-        assert cpu_linear._int8_bits() is None
-        assert torch.equal(cpu_linear._FUNCTIONS["int8"](layer)(x), layer(x))
-    finally:
-        cpu_linear._int8_bits.cache_clear()
+def test_who_multiplies_by_many_layers_at_once_gets_their_panels_where_that_is_all() -> None:
+    net = nn.Sequential(nn.Linear(IN, OUT, False), nn.Linear(OUT, IN)).requires_grad_(False)
+    layer, biased = net
+    assert cpu_linear.panels_of(layer, 1) is None
+    installed = install(net, "compiled")
+    panels = cpu_linear.panels_of(layer, 3)
+    x = torch.randn(3, IN)
+    assert panels is not None and error(row_step.reference.linear(x, panels), layer(x)) <= TOLERANCE
+    assert cpu_linear.panels_of(layer, 300) is panels
+    assert cpu_linear.panels_of(biased, 3) is None
+    # a hook sees what goes in and out; a changed weight has other panels; another type is torch's business
+    hook = layer.register_forward_hook(lambda *_: None)
+    assert cpu_linear.panels_of(layer, 3) is None
+    hook.remove()
+    layer.weight.mul_(2)
+    changed = cpu_linear.panels_of(layer, 3)
+    assert changed is not panels and torch.equal(changed.weights, 2 * panels.weights)
+    layer.bfloat16()
+    assert cpu_linear.panels_of(layer, 3) is None
+    installed.remove()
+    assert cpu_linear.panels_of(layer.float(), 3) is None
+    ways = dict.fromkeys(MEASURED_ROWS, "compiled") | {2: "transposed"}
+    layer.forward = cpu_linear._FastForward(layer, ways)
+    assert [cpu_linear.panels_of(layer, n) is None for n in (1, 2, 3, 300)] == [False, True, False, False]
 
 
 def test_a_count_in_between_takes_the_way_of_the_next_one_up(monkeypatch) -> None:

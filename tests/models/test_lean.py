@@ -26,6 +26,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from accel.artifacts.resolve import compiled_folder
+from accel.kernels.row_step import compiled
 from accel.models import cpu_linear
 from accel.models.lean import LeanDraft, LeanTarget, draft_reader, supports, target_for
 from accel.models.softmax_target import SoftmaxTarget
@@ -84,23 +86,39 @@ def from_scratch(model: PreTrainedModel, text: list[int], last: int) -> torch.Te
     return model(torch.tensor([text]), use_cache=False).logits[0, -last:].float()
 
 
-@pytest.fixture(params=[True, False], ids=["compiled", "in torch"])
-def with_compiled(request, monkeypatch) -> bool:
-    """What stands between the products; the compiled functions where there is a compiler."""
-    if not request.param:
+@pytest.fixture(params=["one call", "compiled", "torch"])
+def way(request, monkeypatch) -> str:
+    """How layers are read: by one compiled call, by compiled functions between the products, or by torch."""
+    if request.param == "torch":
         monkeypatch.setattr("accel.kernels.row_step.compiled", lambda folder: None)
+    elif compiled(compiled_folder()) is None:
+        pytest.skip("needs a C compiler")
     return request.param
+
+
+# whose layers have what the one call does not: biases, small heads, normalised heads
+NOT_IN_ONE_CALL = {"llama-biases", "llama-small-heads", "qwen2", "qwen3"}
+
+
+def prepare(reader: LeanTarget, way: str) -> None:
+    """Have the reader read in that way, and notice if it does not."""
+    if way == "one call":
+        cpu_linear.install(reader.linears, "compiled")
+
+
+def check_way(reader: LeanTarget, name: str, way: str) -> None:
+    assert (reader._compiled is None) == (way == "torch")
+    in_one_call = {stack is not None for stack in reader._stacks.values()}
+    assert in_one_call <= {way == "one call" and name not in NOT_IN_ONE_CALL}
 
 
 @pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
 @pytest.mark.parametrize("name", MAKERS)
-def test_a_text_read_in_pieces_equals_the_models_own_pass(
-    name: str, kind: type[LeanTarget], with_compiled: bool
-) -> None:
+def test_a_text_read_in_pieces_equals_the_models_own_pass(name: str, kind: type[LeanTarget], way: str) -> None:
     model = made(name)
     reader = (draft_reader if kind is LeanDraft else target_for)(model)
     assert type(reader) is kind
-    assert with_compiled or reader._compiled is None
+    prepare(reader, way)
     torch.manual_seed(1)
     # past the first capacity of tails and rotations
     text = torch.randint(VOCAB, (300,)).tolist()
@@ -113,6 +131,7 @@ def test_a_text_read_in_pieces_equals_the_models_own_pass(
         assert logits.shape == (1, n, VOCAB)
         assert error(logits[0], from_scratch(model, text[:at], n)) <= TOLERANCE
     assert reader.num_positions(row) == at == 300
+    check_way(reader, name, way)
 
 
 MOVE = st.tuples(st.lists(st.booleans(), min_size=3, max_size=3), st.integers(1, 4), st.integers(0, 4), st.booleans())
@@ -153,11 +172,10 @@ def test_rows_advance_and_roll_back_on_their_own(moves, seed) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "llama-small-heads", "qwen3"])
 @pytest.mark.parametrize("kind", [LeanDraft, LeanTarget])
-def test_rows_of_different_lengths_are_read_as_far_as_each_goes(
-    name: str, kind: type[LeanTarget], with_compiled: bool
-) -> None:
+def test_rows_of_different_lengths_are_read_as_far_as_each_goes(name: str, kind: type[LeanTarget], way: str) -> None:
     model = made(name)
     reader = kind(model)
+    prepare(reader, way)
     generator = torch.Generator().manual_seed(1)
     names = [reader.open() for _ in range(3)]
     texts: list[list[int]] = [[] for _ in names]
@@ -184,6 +202,7 @@ def test_rows_of_different_lengths_are_read_as_far_as_each_goes(
     if kind is LeanDraft:
         assert sum(counted) == positions
     assert [reader.num_positions(name) for name in names] == [len(text) for text in texts]
+    check_way(reader, name, way)
 
 
 class Doubled(nn.Module):

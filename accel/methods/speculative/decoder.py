@@ -15,7 +15,7 @@ from torch import Tensor
 from accel.axes import Ragged, Target
 from accel.drafters.base import Ask, Draft, Drafter, drafts_at_once, leaves, open_row, target_readers
 from accel.errors import IncompatibleError
-from accel.kernels.verify import accept, draw, residual, verify
+from accel.kernels.verify import accept, draw, longest_prefix, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
 from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength, nearby
 from accel.methods.speculative.options import SpeculativeOptions
@@ -211,7 +211,11 @@ class SpeculativeDecoder(RowDecoder):
         for index, (live, guess) in enumerate(zip(rows, guesses, strict=True)):
             has_q = guess.probs is not None and guess.length > 0
             drawn = live.request.do_sample and not has_q and self.options.lenience is None
-            if live.sampler.pipeline.rowwise and not drawn:
+            greedy = not live.request.do_sample and self.options.lenience is None
+            if live.sampler.pipeline.rowwise and greedy and logits[index].device.type == "cpu":
+                scores = _scores(live, guess, logits[index])
+                verdicts[index] = _Verdict(*longest_prefix(scores, guess.tokens), scores)
+            elif live.sampler.pipeline.rowwise and not drawn:
                 # of one length where none is padded: what would be copied to pad them is a vocabulary wide
                 length = guess.length if self._reads_ragged(rows) else 0
                 together.setdefault((live.request.do_sample, has_q, length), []).append(index)
