@@ -65,14 +65,17 @@ def _check(found: Compiled) -> None:
     stores = [torch.randn(2, 2, 8, 16, generator=generator) for _ in range(2)]
     angles = [torch.randn(8, 16, generator=generator) for _ in range(2)]
     rows = layout([1, 0], [2, 5], [2, 5], [1, 2])
+    several = torch.cat([x, delta, weight[None]])
     for name, given in {
-        "linear": lambda: (x, panels(torch.cat([x, delta, weight[None]]))),
+        "linear": lambda: (x, panels(several)),
+        "linear in 8 bits": lambda: (x, panels(several, in_8_bits=True)),
         "add_norm": lambda: (x.clone(), delta, weight, 1e-5),
         "silu_mul": lambda: (x, delta),
         "attend": lambda: (x, x[:, :32], delta[:, :32], rows, *angles, *(store.clone() for store in stores)),
     }.items():
         more = {"scale": 0.25} if name == "attend" else {}
-        expected = getattr(reference, name)(*given(), **more)
-        error = (getattr(found, name)(*given(), **more) - expected).square().mean() / expected.square().mean()
+        function = name.split()[0]
+        expected = getattr(reference, function)(*given(), **more)
+        error = (getattr(found, function)(*given(), **more) - expected).square().mean() / expected.square().mean()
         if not float(error) <= TOLERANCE**2:
             raise NotCompiled(f"{name} of the compiled library is wrong (another compiler may help: name it with CC)")

@@ -128,15 +128,17 @@ static inline __attribute__((always_inline)) vec weights_of(const void *panel, i
     return __builtin_convertvector(four << (24 - 8 * (i % PACKED)) >> 24, vec);
 }
 
-/* out (+)= x panel for `tokens` tokens, weights of `size` bytes, constants where this is inlined; `fetch`: the panel
- * comes from memory. */
-static inline __attribute__((always_inline)) void products(const int tokens, const int size, const int is_first,
-                                                           const int fetch, int64_t inputs, const float *x,
-                                                           int64_t x_stride, const void *panel, float *out,
-                                                           int64_t out_stride) {
+/* where weights are asked for while others are multiplied: nowhere, AHEAD of these, or in the part of a panel behind this */
+enum { NOTHING, THESE, NEXT };
+
+/* out (+)= x panel for `tokens` tokens, with weights of `size` bytes; constants where this is inlined, as is `asked`. */
+static inline __attribute__((always_inline)) void products(const int tokens, const int size, const int asked, int is_first,
+                                                           int64_t inputs, const float *x, int64_t x_stride,
+                                                           const char *panel, float *out, int64_t out_stride) {
     const int together = size == sizeof(float) ? 1 : PACKED;
     /* sums that go side by side, where few tokens would leave one waiting for itself */
     const int ways = size == sizeof(float) || tokens > 2 ? 1 : 2;
+    const char *next = panel + inputs * PANEL * size;
     /* not of `tokens`: an array whose size is no constant expression lives in memory */
     vec sums[MAX_TOKENS * 2][2];
     for (int t = 0; t < tokens; t++)
@@ -145,8 +147,9 @@ static inline __attribute__((always_inline)) void products(const int tokens, con
             if (ways == 2) sums[MAX_TOKENS + t][half] = all(0);
         }
     for (int64_t i = 0; i < inputs; i += together) {
-        const char *here = (const char *)panel + i * PANEL * size;
-        if (fetch) __builtin_prefetch(here + AHEAD, 0, 3);
+        const char *here = panel + i * PANEL * size;
+        if (asked == THESE) __builtin_prefetch(here + AHEAD, 0, 3);
+        if (asked == NEXT) __builtin_prefetch(next + i * PANEL * size, 0, 2);
         for (int k = 0; k < together; k++) {
             const vec low = weights_of(here, k, size), high = weights_of(here + LANES * sizeof(float), k, size);
             for (int t = 0; t < tokens; t++) {
@@ -164,17 +167,16 @@ static inline __attribute__((always_inline)) void products(const int tokens, con
         }
 }
 
-#define PRODUCTS(tokens)                                                                           \
-    do {                                                                                           \
-        if (is_first && fetch) products(tokens, size, 1, 1, inputs, x, x_stride, panel, out, width); \
-        else if (is_first) products(tokens, size, 1, 0, inputs, x, x_stride, panel, out, width);     \
-        else if (fetch) products(tokens, size, 0, 1, inputs, x, x_stride, panel, out, width);        \
-        else products(tokens, size, 0, 0, inputs, x, x_stride, panel, out, width);                   \
+#define PRODUCTS(n)                                                                                             \
+    do {                                                                                                        \
+        if (asked == THESE) products(n, size, THESE, is_first, inputs, x, x_stride, panel, out, width);         \
+        else if (asked == NEXT) products(n, size, NEXT, is_first, inputs, x, x_stride, panel, out, width);      \
+        else products(n, size, NOTHING, is_first, inputs, x, x_stride, panel, out, width);                      \
     } while (0)
 
-static inline __attribute__((always_inline)) void products_of(int64_t tokens, const int size, int is_first, int fetch,
+static inline __attribute__((always_inline)) void products_of(int64_t tokens, const int size, int asked, int is_first,
                                                               int64_t inputs, const float *x, int64_t x_stride,
-                                                              const void *panel, float *out, int64_t width) {
+                                                              const char *panel, float *out, int64_t width) {
     switch (tokens) {
     case 1: PRODUCTS(1); break;
     case 2: PRODUCTS(2); break;
@@ -185,6 +187,7 @@ static inline __attribute__((always_inline)) void products_of(int64_t tokens, co
     }
 }
 
+/* What one panel makes of all tokens. While the second six tokens are multiplied, memory brings what follows. */
 static inline __attribute__((always_inline)) void panel_of(const int size, int64_t tokens, int64_t inputs, const float *x,
                                                            int64_t x_stride, const char *panel, float *out,
                                                            int64_t width) {
@@ -195,8 +198,9 @@ static inline __attribute__((always_inline)) void panel_of(const int size, int64
             /* parts of about one size */
             const int64_t left = tokens - t;
             const int64_t count = left <= MAX_TOKENS ? left : left <= 8 ? 4 : left <= 10 ? 5 : MAX_TOKENS;
-            products_of(count, size, i == 0, t == 0, part < inputs - i ? part : inputs - i, x + t * x_stride + i, x_stride,
-                        panel + i * PANEL * size, out + t * width, width);
+            products_of(count, size, t == 0 ? THESE : t <= MAX_TOKENS ? NEXT : NOTHING, i == 0,
+                        part < inputs - i ? part : inputs - i, x + t * x_stride + i, x_stride, panel + i * PANEL * size,
+                        out + t * width, width);
             t += count;
         }
 }
