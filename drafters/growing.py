@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +58,17 @@ class Growing(Generic[Row]):
     def finish(self, source: str) -> Draft:
         probs = torch.stack(self.probs) if self.probs else None
         return Draft(self.tokens, probs, self.confidence, source)
+
+
+def likeliest(logits: Tensor) -> tuple[int, float]:
+    """The first of the likeliest tokens of logits ``[V]``, and its probability."""
+    if logits.device.type != "cpu":
+        best = logits.float().softmax(-1).max(-1)
+        return int(best.indices), float(best.values)
+    # numpy on a CPU: torch takes five calls, each longer than the work
+    values = logits.float().numpy()
+    choice = int(values.argmax())
+    return choice, float(1.0 / np.exp(values - values[choice]).sum())
 
 
 def _spread(values: Tensor, d2t: Tensor, vocab_size: int, other: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from accel.drafters.base import Ask, Draft
-from accel.drafters.growing import Growing
+from accel.drafters.growing import Growing, likeliest
 from accel.errors import AccelError, IncompatibleError
 from accel.models.lean import draft_reader
 from accel.models.row_cache import Segment
@@ -78,9 +78,10 @@ class SmallLMDrafter:
                 "use a draft with the target's tokenizer, a draft artifact with a vocabulary map, or pass tokenizers "
                 "(tokenizer=, assistant_tokenizer=) to translate between the two"
             )
-        device = self.reader.device
-        self._d2t = None if vocabulary is None else vocabulary.d2t.to(device)
-        self._t2d = None if vocabulary is None else vocabulary.t2d().to(device)
+        self._d2t = None if vocabulary is None else vocabulary.d2t.to(self.reader.device)
+        # on the host, as the tokens are: one at a time is asked for, and a tensor takes its time to answer
+        self._target_ids = None if vocabulary is None else vocabulary.d2t.tolist()
+        self._draft_ids = None if vocabulary is None else vocabulary.t2d().tolist()
         self._rows: dict[int, _Row] = {}
 
     def open(self, row: int, prompt: Sequence[int], seed: int) -> None:
@@ -127,8 +128,7 @@ class SmallLMDrafter:
                 self._extend(draft, row_logits)
             active = [d for d in active if len(d.tokens) < self._room(d) and d.wants_more()]
             if active:
-                last = torch.tensor([[d.tokens[-1]] for d in active], device=self.reader.device)
-                logits = self._forward(last, active, keep=[0])[:, 0]
+                logits = self._forward([[d.tokens[-1]] for d in active], active)
                 for draft in active:
                     draft.row.tentative.append(draft.tokens[-1])
         return [drafts[ask.row].finish(self.name) for ask in asks]
@@ -139,34 +139,35 @@ class SmallLMDrafter:
         used = self.reader.num_positions(draft.row.name) + len(draft.row.unread)
         return min(draft.ask.max_tokens, self.reader.max_positions - used)
 
-    def _read(self, drafts: Sequence[Growing[_Row]]) -> Tensor:
-        """Let the draft model read the rows' unread final tokens; logits after the last of each, ``[R, V]``."""
+    def _read(self, drafts: Sequence[Growing[_Row]]) -> Sequence[Tensor]:
+        """Let the draft model read the rows' unread final tokens; logits ``[V]`` after the last of each."""
         if not drafts:
-            return torch.empty(0)
-        lengths = [len(d.row.unread) for d in drafts]
-        padded = torch.zeros(len(drafts), max(lengths), dtype=torch.long, device=self.reader.device)
-        for index, draft in enumerate(drafts):
-            padded[index, : lengths[index]] = torch.tensor(draft.row.unread)
-        ends = sorted({length - 1 for length in lengths})
-        logits = self._forward(padded, drafts, keep=ends, final=lengths)
-        self.reader.commit(lengths, [d.row.name for d in drafts])
+            return []
+        logits = self._forward([d.row.unread for d in drafts], drafts, final=True)
+        self.reader.commit([len(d.row.unread) for d in drafts], [d.row.name for d in drafts])
         for draft in drafts:
             draft.row.unread = []
-        return torch.stack([logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)])
+        return logits
 
     def _forward(
-        self, tokens: Tensor, drafts: Sequence[Growing[_Row]], keep: list[int], final: list[int] | None = None
-    ) -> Tensor:
-        if self._t2d is not None:
-            tokens = self._t2d[tokens]
-        return self.reader.forward(tokens, [d.row.name for d in drafts], keep, final)
+        self, tokens: Sequence[Sequence[int]], drafts: Sequence[Growing[_Row]], final: bool = False
+    ) -> Sequence[Tensor]:
+        """Read some tokens of each row, which are ``final`` or tentative; logits ``[V]`` after the last of each."""
+        lengths = [len(each) for each in tokens]
+        longest = max(lengths)
+        ids = self._draft_ids
+        known = tokens if ids is None else [[ids[token] for token in each] for each in tokens]
+        padded = torch.tensor([[*each, *[0] * (longest - len(each))] for each in known], device=self.reader.device)
+        ends = sorted({length - 1 for length in lengths})
+        names = [d.row.name for d in drafts]
+        logits = self.reader.forward(padded, names, ends, lengths if final else None)
+        return [logits[i, ends.index(length - 1)] for i, length in enumerate(lengths)]
 
     def _extend(self, draft: Growing[_Row], logits: Tensor) -> None:
         """Choose the row's next drafted token from the draft model's logits ``[V]`` (its own vocabulary)."""
         if draft.ask.sample:
             draft.sample(logits, self._d2t, self._vocab_size)
             return
-        probabilities = logits.float().softmax(-1)
-        choice = int(probabilities.argmax())
-        draft.tokens.append(choice if self._d2t is None else int(self._d2t[choice]))
-        draft.confidence.append(float(probabilities[choice]))
+        choice, probability = likeliest(logits)
+        draft.tokens.append(choice if self._target_ids is None else self._target_ids[choice])
+        draft.confidence.append(probability)

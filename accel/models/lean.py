@@ -309,7 +309,9 @@ class LeanTarget(SoftmaxTarget):
             return super().forward(tokens, rows, keep, final)
         x = self._pass(tokens, self.cache.begin(rows, tokens.shape[1]), None)
         if keep is not None and len(keep) < tokens.shape[1]:
-            x = x.view(*tokens.shape, -1)[:, list(keep)].reshape(len(rows) * len(keep), -1)
+            # an index where one will do: a list becomes a tensor first
+            kept = keep[0] if len(keep) == 1 else list(keep)
+            x = x.view(*tokens.shape, -1)[:, kept].reshape(len(rows) * len(keep), -1).contiguous()
         return self._logits(x).view(len(rows), -1, self.vocab_size)
 
     @torch.no_grad()

@@ -52,6 +52,13 @@ class Stack:
         self.inner = layers[0].down[0].inputs
         # what the table points to
         self.layers = tuple(layers)
+        self._addresses: list[tuple[int, int]] = []
+
+    def point_to(self, stores: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Say where the layers' keys and values lie, which is the same in most steps."""
+        addresses = [(keys.data_ptr(), values.data_ptr()) for keys, values in stores]
+        if addresses != self._addresses:
+            self.table[:, -2:], self._addresses = torch.tensor(addresses), addresses
 
 
 class Compiled:
@@ -160,7 +167,7 @@ class Compiled:
         _, kv_heads, capacity, size = keys.shape
         assert x.is_contiguous() and x.dtype == keys.dtype == torch.float32
         assert all(each.is_contiguous() for each in (rows, cosine, sine))
-        stack.table[:, -2:] = torch.tensor([[k.data_ptr(), v.data_ptr()] for k, v in stores])
+        stack.point_to(stores)
         failed = self._layers(
             torch.get_num_threads(), stack.table.data_ptr(), len(stack.layers), rows.data_ptr(), len(rows), len(x),
             x.shape[1], heads, kv_heads, size, stack.inner, eps, scale, cosine.data_ptr(), sine.data_ptr(), capacity,

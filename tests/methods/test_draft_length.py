@@ -412,7 +412,15 @@ def test_a_losing_drafter_is_paused_for_twice_as_long_each_time() -> None:
     length = AdaptiveLength(16, known_costs(draft=0.07))
     length.open(0)
     waits = pauses(play(length, 2000, lambda _: False))
-    assert waits[:6] == [FIRST_PROBE, 2 * FIRST_PROBE, 4 * FIRST_PROBE, 8 * FIRST_PROBE, LAST_PROBE, LAST_PROBE]
+    # the first ones are as long as what was lost until then asks for
+    assert FIRST_PROBE < waits[0] <= 3 * FIRST_PROBE
+    assert waits[2:6] == [4 * FIRST_PROBE, 8 * FIRST_PROBE, LAST_PROBE, LAST_PROBE]
+
+
+def test_a_drafter_that_loses_next_to_nothing_goes_on() -> None:
+    length = AdaptiveLength(16, known_costs(draft=0.02))
+    length.open(0)
+    assert len(play(length, 500, lambda _: False)) == 500
 
 
 def test_a_dear_drafter_is_paused_for_longer_than_a_cheap_one() -> None:
@@ -429,7 +437,7 @@ def test_a_paused_drafter_comes_back_when_it_starts_to_win() -> None:
     length = AdaptiveLength(16, known_costs(draft=0.1))
     length.open(0)
     drafted = play(length, 1500, lambda i: i >= 500)
-    assert len([i for i in drafted if 100 <= i < 500]) < 20
+    assert len([i for i in drafted if 100 <= i < 500]) < 25
     assert len([i for i in drafted if i >= 1200]) > 290
 
 
@@ -481,7 +489,7 @@ def test_rows_are_paused_on_their_own() -> None:
     length = AdaptiveLength(16, known_costs(draft=0.1))
     length.open(0)
     length.open(1)
-    for _ in range(3):
+    for _ in range(6):
         length.trim(0, [0.03], 2, free=False)
         length.trim(1, [0.97], 2, free=False)
     assert length.allowance(0) == 0
@@ -540,6 +548,49 @@ def adaptive(acceptance: float | Callable[[int], float], draft: float, **kwargs)
 
 def best_fixed(rate: float, draft: float, slope: float = 0.06) -> float:
     return max(sum(rate**i for i in range(k + 1)) / (1 + slope * k + draft * k) for k in range(17))
+
+
+def of_two_kinds(low: float, high: float, share: float, draft: float, slope: float, seed: int) -> float:
+    """``decode`` where each token is one of two kinds, and the drafter knows which; rows of 64 tokens, noisy timings."""
+    rng = random.Random(seed)
+    costs = Costs()
+    policy = AdaptiveLength(16, costs)
+    made, seconds, row = 0, 0.0, 0
+    policy.open(row)
+    while made < 3000:
+        if made // 64 > row:
+            policy.close(row)
+            row = made // 64
+            policy.open(row)
+        confidences: list[float] = []
+        most = policy.allowance(row)
+        while len(confidences) < most and policy.keep_going(row, confidences, 1):
+            confidences.append(high if rng.random() < share else low)
+        length = policy.trim(row, confidences, 1, free=False)
+        right = 0
+        while right < len(confidences) and rng.random() < confidences[right]:
+            right += 1
+        kept = min(right, length)
+        labels = min(len(confidences), kept + 1)
+        policy.learn(row, confidences, min(right, labels), labels)
+        verifying, drafting = 1 + slope * length, draft * len(confidences)
+        costs.observe_verify(1 + length, verifying * rng.gauss(1, 0.1))
+        costs.observe_draft(len(confidences), drafting * rng.gauss(1, 0.1))
+        made += 1 + kept
+        seconds += verifying + drafting
+    policy.close(row)
+    return made / seconds
+
+
+@pytest.mark.parametrize("slope", [0.03, 0.06])
+@pytest.mark.parametrize(("low", "high", "share"), [(0.08, 0.85, 0.2), (0.08, 0.85, 0.4), (0.05, 0.95, 0.6)])
+def test_a_cheap_drafter_that_loses_most_rounds_and_wins_on_the_whole(
+    low: float, high: float, share: float, slope: float
+) -> None:
+    rates = [of_two_kinds(low, high, share, 0.07, slope, seed) for seed in (0, 1)]
+    # who knows nothing of the kinds drafts as if every token were of the mean
+    mean = share * high + (1 - share) * low
+    assert sum(rates) / 2 >= 0.97 * best_fixed(mean, 0.07, slope)
 
 
 RATES = [0.0, 0.2, 0.4, 0.6, 0.8, 0.95]

@@ -46,6 +46,8 @@ MOST_LOSS, LONGEST_PAUSE = 0.02, 512
 STALE = 128
 # what a row's recent rounds gained over plain decoding fades by this a round: one poor guess is no verdict
 BALANCE_FORGET = 0.9
+# and a row may be this many plain steps behind: a cheap drafter loses most rounds by a little, wins others by more
+TOLERATED = 0.3
 
 
 class Acceptance:
@@ -325,6 +327,7 @@ class AdaptiveLength:
         trial.balance = BALANCE_FORGET * trial.balance + 1.0 + sum(survival) - steps
         if trial.balance >= 0:
             trial.patience = FIRST_PROBE
+        if trial.balance >= -TOLERATED:
             return False
         lost = -trial.balance + self.costs.catch_up / self.costs.verify(rows)
         trial.pause = min(max(trial.patience, math.ceil(lost / MOST_LOSS)), LONGEST_PAUSE)
