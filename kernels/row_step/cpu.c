@@ -116,7 +116,7 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
 /* inputs of a panel that are multiplied before the next tokens come: they stay in the first or second cache */
 #define MAX_INPUTS 576
 /* bytes ahead of the product that weights are asked for */
-#define AHEAD 1024
+#define AHEAD 4096
 
 /* 8-bit weights of four inputs that follow one another lie in one integer, so that shifts take them apart */
 #define PACKED 4
