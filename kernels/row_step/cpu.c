@@ -115,8 +115,11 @@ void silu_mul(int threads, int64_t tokens, int64_t width, int64_t stride, const 
 #define MAX_TOKENS 6
 /* inputs of a panel that are multiplied before the next tokens come: they stay in the first or second cache */
 #define MAX_INPUTS 576
-/* bytes ahead of the product that weights are asked for */
+/* Bytes ahead of the product that weights are asked for. With few tokens the first cache has the time to wait for memory;
+ * with more, what waits there stands in the way of the inputs, and the second cache is asked to have them. */
 #define AHEAD 4096
+#define FAR_AHEAD 8192
+#define FEW_TOKENS 2
 
 /* 8-bit weights of four inputs that follow one another lie in one integer, so that shifts take them apart */
 #define PACKED 4
@@ -137,7 +140,7 @@ static inline __attribute__((always_inline)) void products(const int tokens, con
                                                            const char *panel, float *out, int64_t out_stride) {
     const int together = size == sizeof(float) ? 1 : PACKED;
     /* sums that go side by side, where few tokens would leave one waiting for itself */
-    const int ways = size == sizeof(float) || tokens > 2 ? 1 : 2;
+    const int ways = size == sizeof(float) || tokens > FEW_TOKENS ? 1 : 2;
     const char *next = panel + inputs * PANEL * size;
     /* not of `tokens`: an array whose size is no constant expression lives in memory */
     vec sums[MAX_TOKENS * 2][2];
@@ -148,7 +151,8 @@ static inline __attribute__((always_inline)) void products(const int tokens, con
         }
     for (int64_t i = 0; i < inputs; i += together) {
         const char *here = panel + i * PANEL * size;
-        if (asked == THESE) __builtin_prefetch(here + AHEAD, 0, 3);
+        if (asked == THESE && tokens <= FEW_TOKENS) __builtin_prefetch(here + AHEAD, 0, 3);
+        if (asked == THESE && tokens > FEW_TOKENS) __builtin_prefetch(here + FAR_AHEAD, 0, 2);
         if (asked == NEXT) __builtin_prefetch(next + i * PANEL * size, 0, 2);
         for (int k = 0; k < together; k++) {
             const vec low = weights_of(here, k, size), high = weights_of(here + LANES * sizeof(float), k, size);
