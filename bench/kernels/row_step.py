@@ -25,6 +25,8 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
     # the largest weight, which no cache holds
     for rank, N in enumerate((1, 5, 16, 4, 8, 64)):
         yield _linear(N, VOCABULARY, rank)
+    for N in (1, 2, 4):
+        yield _linear(N, VOCABULARY, rank=1, in_8_bits=True)
     for rank, (R, n, length) in enumerate(((16, 1, 256), (1, 1, 256), (1, 5, 256), (1, 1, 4096), (1, 256, 1024))):
         yield _attend(SMOLLM2, R, n, length, rank)
     for N in (16, 256):
@@ -32,28 +34,32 @@ def cases(device: torch.device, quick: bool) -> Iterator[Case]:
         yield _silu_mul(N, rank=1)
 
 
-def _linear(N: int, outputs: int, rank: int) -> Case:
+def _linear(N: int, outputs: int, rank: int, in_8_bits: bool = False) -> Case:
     return Case(
         "row_step",
-        f"linear, {N} tokens, {HIDDEN} to {outputs:,}",
+        f"linear{' in 8 bits' if in_8_bits else ''}, {N} tokens, {HIDDEN} to {outputs:,}",
         {"N": N, "I": HIDDEN, "O": outputs, "models": SMOLLM2.models},
         "float32",
-        bytes=4 * (HIDDEN * outputs + N * (HIDDEN + outputs)),
+        bytes=(1 if in_8_bits else 4) * HIDDEN * outputs + 4 * N * (HIDDEN + outputs),
         flops=2 * N * HIDDEN * outputs,
-        prepare=partial(_prepare_linear, N, outputs),
+        prepare=partial(_prepare_linear, N, outputs, in_8_bits),
         rank=rank,
     )
 
 
-def _prepare_linear(N: int, outputs: int) -> Ready:
+def _prepare_linear(N: int, outputs: int, in_8_bits: bool) -> Ready:
     cpu, found = torch.device("cpu"), _compiled()
     x, weight = (c.normal(cpu, n, HIDDEN, dtype=torch.float32, seed=s) for s, n in enumerate((N, outputs)))
-    ordered = panels(weight)
-    expected = F.linear(x, weight)
+    ordered, whole = panels(weight, in_8_bits=in_8_bits), panels(weight)
+    expected: torch.Tensor = c.reference("row_step").linear(x, ordered)
 
     def agrees(out: torch.Tensor) -> Check:
         return c.close("out", out, expected, c.tolerance(torch.float32))
 
+    if in_8_bits:
+        # what rounds as much is nobody's; in fp32 it is the same product
+        peers = {"fp32": Peer(lambda: found.linear(x, whole))}
+        return Ready(lambda: found.linear(x, ordered), lambda: [agrees(found.linear(x, ordered))], peers)
     peers = {"torch F.linear": Peer(lambda: F.linear(x, weight), agrees=agrees)}
     if torch.backends.mkldnn.is_available():
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)

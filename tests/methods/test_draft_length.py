@@ -551,7 +551,7 @@ def best_fixed(rate: float, draft: float, slope: float = 0.06) -> float:
 
 
 def of_two_kinds(low: float, high: float, share: float, draft: float, slope: float, seed: int) -> float:
-    """``decode`` where each token is of one of two kinds and the drafter knows which; rows of 64 tokens, noisy timings."""
+    """``decode`` where tokens are of two kinds and the drafter knows which; rows of 64 tokens, noisy timings."""
     rng = random.Random(seed)
     costs = Costs()
     policy = AdaptiveLength(16, costs)
