@@ -69,6 +69,23 @@ class Ragged(Protocol):
 
 
 @runtime_checkable
+class Branching(Protocol):
+    """A target that reads several continuations of one row at once, and keeps the tokens of one of them."""
+
+    def may_branch(self, row: int) -> bool:
+        """Whether it can do so for this row now."""
+
+    def forward_branches(self, tokens: Tensor, row: int, depths: Sequence[int]) -> Tensor:
+        """``forward`` of tokens ``[n]`` of one row → logits ``[n, V]``.
+
+        Token i is ``depths[i]`` ≤ i positions behind the row; of the new ones it sees the first depths[i] and itself.
+        """
+
+    def commit_path(self, path: Sequence[int], row: int) -> None:
+        """Keep the tentative positions ``path``, which ascend and follow on one another, and drop the rest."""
+
+
+@runtime_checkable
 class Decoder(Protocol):
     """Turns admitted requests into final tokens, a step at a time."""
 

@@ -17,18 +17,33 @@ from accel.models.row_cache import Segment
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Another token that a drafter thinks of in the place of its guess's token ``depth`` (0 is the first).
+
+    ``confidence`` is its drafter's belief that it is the one, ``source`` who thinks so where that is not who drafted.
+    """
+
+    depth: int
+    token: int
+    confidence: float
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Draft:
     """A guess at a row's next tokens, in the target's vocabulary.
 
     ``tokens``: k ids, k ≥ 0. ``probs``: float ``[k, V]``, the distributions the tokens were *sampled* from, or
     None for a deterministic guess (a point mass: it is then accepted with the target's own probability of it).
     ``confidence``: k numbers in [0, 1], the drafter's own belief in each token; calibrated by the caller.
+    ``beside``: what else the tokens might be, where that was asked for.
     """
 
     tokens: list[int] = field(default_factory=list)
     probs: Tensor | None = None
     confidence: list[float] = field(default_factory=list)
     source: str = ""
+    beside: list[Beside] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,8 @@ class Ask:
     drafter's logits; unless it ``names_tokens``, V may be any part of the vocabulary. ``keep_going(confidences) ->
     bool`` is asked after each token by drafters whose tokens cost something: False ends the row's draft early.
     ``free_only``: of a drafter with several parts, only those whose tokens cost nothing are to be asked. ``passes``:
-    how many forward passes a drafter that fills a block at once may take for it.
+    how many forward passes a drafter that fills a block at once may take for it. ``beside``: how many other tokens are
+    of use in the place of each token that is not sampled, where the drafter knows some at no cost.
     """
 
     row: int
@@ -51,6 +67,7 @@ class Ask:
     keep_going: Callable[[Sequence[float]], bool] | None = None
     free_only: bool = False
     passes: int = 1
+    beside: int = 0
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from accel.drafters.base import Ask, Draft, Drafter, leaves, open_row
+from accel.drafters.base import Ask, Beside, Draft, Drafter, leaves, open_row
 from accel.errors import OptionError
 from accel.models.row_cache import Segment
 
@@ -50,7 +50,8 @@ class CascadeDrafter:
         if unsure:
             for i, draft in zip(unsure, self.then.propose([asks[i] for i in unsure]), strict=True):
                 if draft.tokens:
-                    drafts[i] = _signed(draft, self.then)
+                    draft = _signed(draft, self.then)
+                    drafts[i] = _beside(draft, drafts[i]) if asks[i].beside else draft
         return drafts
 
     def observe(self, row: int, tokens: Sequence[int]) -> None:
@@ -72,6 +73,14 @@ class CascadeDrafter:
 
     def _confident(self, draft: Draft) -> bool:
         return bool(draft.tokens and draft.confidence) and draft.confidence[0] >= self.threshold
+
+
+def _beside(draft: Draft, other: Draft) -> Draft:
+    """``draft``, and as one more possibility what ``other`` would have begun with."""
+    if not other.tokens or not other.confidence or other.tokens[0] == draft.tokens[0]:
+        return draft
+    rest = [each for each in draft.beside if (each.depth, each.token) != (0, other.tokens[0])]
+    return replace(draft, beside=[*rest, Beside(0, other.tokens[0], other.confidence[0], other.source)])
 
 
 def _signed(draft: Draft, drafter: Drafter) -> Draft:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from accel.drafters.base import Ask, Draft
+from accel.drafters.base import Ask, Beside, Draft
 from accel.drafters.draw import draw
 
 
@@ -31,6 +32,19 @@ class Growing(Generic[Row]):
     tokens: list[int] = field(default_factory=list)
     confidence: list[float] = field(default_factory=list)
     probs: list[Tensor] = field(default_factory=list)
+    beside: list[Beside] = field(default_factory=list)
+
+    def take(self, logits: Tensor, target_ids: Sequence[int] | None) -> None:
+        """The likeliest token by logits over the draft's vocabulary ``[V]``, and as many others as the ask has use for.
+
+        ``target_ids``: the target ids of that vocabulary, None where it is the target's own.
+        """
+        found = likeliest(logits, 1 + self.ask.beside)
+        known = found if target_ids is None else [(target_ids[choice], chance) for choice, chance in found]
+        depth = len(self.tokens)
+        self.tokens.append(known[0][0])
+        self.confidence.append(known[0][1])
+        self.beside += [Beside(depth, token, chance) for token, chance in known[1:]]
 
     def sample(self, logits: Tensor, d2t: Tensor | None, vocab_size: int) -> None:
         """Draw a token from logits over the draft's vocabulary ``[V]``, after the row's own warping.
@@ -57,18 +71,26 @@ class Growing(Generic[Row]):
 
     def finish(self, source: str) -> Draft:
         probs = torch.stack(self.probs) if self.probs else None
-        return Draft(self.tokens, probs, self.confidence, source)
+        return Draft(self.tokens, probs, self.confidence, source, self.beside)
 
 
-def likeliest(logits: Tensor) -> tuple[int, float]:
-    """The first of the likeliest tokens of logits ``[V]``, and its probability."""
+def likeliest(logits: Tensor, count: int = 1) -> list[tuple[int, float]]:
+    """The ``count`` likeliest tokens of logits ``[V]`` with their probabilities, likeliest first."""
     if logits.device.type != "cpu":
-        best = logits.float().softmax(-1).max(-1)
-        return int(best.indices), float(best.values)
+        best = logits.float().softmax(-1).topk(min(count, len(logits)))
+        return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     # numpy on a CPU: torch takes five calls, each longer than the work
     values = logits.float().numpy()
-    choice = int(values.argmax())
-    return choice, float(1.0 / np.exp(values - values[choice]).sum())
+    first = int(values.argmax())
+    weights = np.exp(values - values[first])
+    total = float(weights.sum())
+    found = [(first, 1.0 / total)]
+    # as many as are of use, one by one: a few more looks at a small vocabulary are less than sorting it
+    for _ in range(min(count, len(values)) - 1):
+        weights[found[-1][0]] = -1.0
+        choice = int(weights.argmax())
+        found.append((choice, float(weights[choice]) / total))
+    return found
 
 
 def _spread(values: Tensor, d2t: Tensor, vocab_size: int, other: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from accel.drafters.base import Ask, Draft
-from accel.drafters.growing import Growing, likeliest
+from accel.drafters.growing import Growing
 from accel.errors import AccelError, IncompatibleError
 from accel.models.lean import draft_reader
 from accel.models.row_cache import Segment
@@ -168,6 +168,4 @@ class SmallLMDrafter:
         if draft.ask.sample:
             draft.sample(logits, self._d2t, self._vocab_size)
             return
-        choice, probability = likeliest(logits)
-        draft.tokens.append(choice if self._target_ids is None else self._target_ids[choice])
-        draft.confidence.append(probability)
+        draft.take(logits, self._target_ids)

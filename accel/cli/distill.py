@@ -32,6 +32,26 @@ def distill() -> None:
 @click.option("--shape", metavar="LxH", help="Layers and width of the draft. [default: 1x576]")
 @click.option("--layers", metavar="A,B,…", help="Make the draft of these layers of MODEL instead.")
 @click.option("--start", default="target", show_default=True, help="First embeddings: target (projected) or random.")
+@click.option(
+    "--lags",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Tokens before each one that the draft's embedding adds to it: 2 let one layer copy.",
+)
+@click.option(
+    "--copying",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Weight of learning to say again what was said before; needs --lags.",
+)
+@click.option(
+    "--from",
+    "begun",
+    metavar="ARTIFACT",
+    help="A draft of MODEL to train on, with its shape and vocabulary. [default: a new one]",
+)
 @click.option("--vocabulary", type=int, default=8192, show_default=True, help="Tokens that the draft can say.")
 @click.option(
     "--data",
@@ -59,7 +79,7 @@ def distill() -> None:
 @click.option("--learning-rate", type=float, default=1e-3, show_default=True, help="At its peak.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of answers, batches and first weights.")
 @run_options(bounds="lessons, checkpoints and artifact", plan="disk use and what drafts would cost here")
-def draft(prompt_files: tuple[Path, ...], layers: str | None, **given: Any) -> None:
+def draft(prompt_files: tuple[Path, ...], layers: str | None, begun: str | None, **given: Any) -> None:
     """Make a draft model for MODEL from prompts like those that it will be asked.
 
     MODEL answers the prompts; a small student learns its distribution at every position and is measured on prompts
@@ -68,14 +88,16 @@ def draft(prompt_files: tuple[Path, ...], layers: str | None, **given: Any) -> N
     """
     run, choices = Run.of(given)
     # torch takes seconds to import: not for --help
+    from accel.artifacts import open_artifact, resolve
     from accel.distill.prompts import read
     from accel.methods.speculative.distill.plan import prepare
     from accel.methods.speculative.distill.recipe import Recipe, distill_draft
 
     recipe = Recipe(layers=() if layers is None else parse_layers(layers), **run.limits, **choices)
     prompts = read(prompt_files)
+    before = None if begun is None else open_artifact(resolve(begun))
     with run.loaded("prompts") as (progress, target, tokenizer):
-        prepared = prepare(target, tokenizer, prompts, recipe)
+        prepared = prepare(target, tokenizer, prompts, recipe, before)
         if run.only_plan:
             progress("measuring candidate shapes …")
             costs = _costs(target, recipe)
@@ -94,6 +116,7 @@ def draft(prompt_files: tuple[Path, ...], layers: str | None, **given: Any) -> N
             progress,
             **run.signature,
             prepared=prepared,
+            begun=before,
         )
     run.report(artifact, prepared, _report(artifact, prepared))
 

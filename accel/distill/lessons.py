@@ -16,7 +16,8 @@ from accel.distill.cache import LessonCache, bytes_per_token
 from accel.distill.forward import Scorer
 from accel.distill.prompts import Encoded
 from accel.distill.teacher import Generation, Lesson, answers, judge_all
-from accel.models.softmax_target import SoftmaxTarget
+from accel.models import cpu_linear
+from accel.models.lean import target_for
 
 # lessons of one file: what a killed run loses at most
 SHARD = 64
@@ -106,7 +107,13 @@ class Library:
         }
 
         def make(left: list[int]) -> Iterator[Lesson]:
-            return answers(SoftmaxTarget(self.model), ((i, asked.prompts[i]) for i in left), how)
+            target = target_for(self.model)
+            # answers are written step by step, as they are when the model is asked
+            installed = cpu_linear.install(target.linears)
+            try:
+                yield from answers(target, ((i, asked.prompts[i]) for i in left), how)
+            finally:
+                installed.remove()
 
         return self._made(folder, asked, how, facts, make)
 

@@ -23,6 +23,8 @@ from accel.kernels.sampling import Settings, sample
 from accel.models.row_cache import Segment
 from accel.models.softmax_target import SoftmaxTarget
 
+# prompts that are read together: the longest is at most so many times the shortest
+MOST_PADDED = 1.25
 # a prompt's index, the prompt, an answer
 Written = tuple[int, Sequence[int], Sequence[int]]
 
@@ -108,8 +110,9 @@ def answers(
         fresh = [
             _Row(index, target.open(behind(index)), prompt) for index, prompt in islice(waiting, how.rows - len(live))
         ]
+        for alike in _of_like_length(fresh):
+            _extend(target, alike, [list(row.prompt) for row in alike], settings, how)
         if fresh:
-            _extend(target, fresh, [list(row.prompt) for row in fresh], settings, how)
             live = sorted(live + fresh, key=lambda row: target.cache.rows[row.name].slot)
         if not live:
             return
@@ -121,6 +124,18 @@ def answers(
         # with a few rows gone, filling their places first keeps the batch full
         elif live:
             _extend(target, live, [[row.answer[-1]] for row in live], settings, how)
+
+
+def _of_like_length(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+    """Rows whose prompts are padded by little; rows that began together end together, and make room for several."""
+    some: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
+        if some and len(row.prompt) > MOST_PADDED * len(some[0].prompt):
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
 
 
 def _extend(

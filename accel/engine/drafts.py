@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from accel.artifacts import Artifact, check_base
 from accel.drafters.base import Drafter
 from accel.drafters.eagle3 import Eagle3Drafter, is_head, load_head
 from accel.drafters.masked import MaskedDrafter
-from accel.drafters.small_lm import SmallLMDrafter, VocabularyMap
+from accel.drafters.small_lm import SmallLMDrafter
 from accel.drafters.translated import TranslatedDrafter
 from accel.engine.given import opened
 from accel.errors import ArtifactError, IncompatibleError
 from accel.methods.dparallel import artifact as masked_artifacts
+from accel.methods.speculative import artifact as draft_artifacts
 from accel.models.diffusion import Denoiser, facts_of
 from accel.models.loading import load_model
 
@@ -67,33 +66,19 @@ def drafter_from(
 
 
 def _from_artifact(artifact: Artifact, model: PreTrainedModel, vocab_size: int) -> Drafter:
-    """A draft artifact: its parameters hold the draft's ``config`` and, for a trimmed vocabulary, ``unknown``."""
     if artifact.manifest.kind == "demos":
         raise ArtifactError(
             f"{artifact.path.name} holds demonstrations (demos), which nothing decodes with: pass it to "
             "accel.cascade(student, …), or to --method cascade"
         )
-    if artifact.manifest.kind != "draft":
+    if artifact.manifest.kind != draft_artifacts.KIND:
         raise ArtifactError(
-            f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind 'draft', or "
-            f"{masked_artifacts.KIND!r} of a masked-diffusion model"
+            f"{artifact.path.name} is a {artifact.manifest.kind} artifact: speculative decoding takes kind "
+            f"{draft_artifacts.KIND!r}, or {masked_artifacts.KIND!r} of a masked-diffusion model"
         )
     check_base(artifact, model.config)
-    parameters: dict[str, Any] = dict(artifact.manifest.parameters)
-    draft = AutoModelForCausalLM.from_config(AutoConfig.for_model(**parameters["config"]), dtype=model.dtype)
-    found = draft.load_state_dict(artifact.tensors("model.safetensors"), strict=False)
-    missing = set(found.missing_keys) - set(getattr(draft, "_tied_weights_keys", None) or ())
-    if missing or found.unexpected_keys:
-        raise ArtifactError(
-            f"{artifact.path.name}: the weights do not fit the config: missing {sorted(missing)[:3]}, "
-            f"unknown {sorted(found.unexpected_keys)[:3]}"
-        )
-    draft.tie_weights()
-    vocabulary = None
-    if "vocabulary.safetensors" in artifact.manifest.files:
-        d2t: torch.Tensor = artifact.tensors("vocabulary.safetensors")["d2t"]
-        vocabulary = VocabularyMap(d2t, int(parameters["unknown"]), vocab_size)
-    return SmallLMDrafter(draft.to(model.device).eval(), vocab_size, vocabulary)
+    draft, vocabulary = draft_artifacts.load(artifact, vocab_size, model.dtype)
+    return SmallLMDrafter(draft.to(model.device), vocab_size, vocabulary)
 
 
 def _from_masked_artifact(

@@ -196,11 +196,9 @@ class _OwnLayer(_Layer):
         self._attention, self._mlp = layer.self_attn, layer.mlp
 
     def products(self) -> Sequence[Sequence[nn.Module]]:
-        # the modules' own dicts: this is asked of every layer in every step
-        attention: dict[str, Any] = self._attention._modules
-        mlp: dict[str, Any] = self._mlp._modules
-        qkv = (attention["q_proj"], attention["k_proj"], attention["v_proj"])
-        return qkv, (attention["o_proj"],), (mlp["gate_proj"], mlp["up_proj"]), (mlp["down_proj"],)
+        attention, mlp = self._attention, self._mlp
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return qkv, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
     def qkv(self, x: Tensor) -> Sequence[Tensor]:
         attention = self._attention
@@ -290,8 +288,11 @@ class LeanTarget(SoftmaxTarget):
             self._look()
         return self._is_as_known and not self.taps and not torch.is_autocast_enabled("cpu")
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        return self.model.model.embed_tokens(tokens)
+    def _embedded(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        """tokens ``[R, n]`` → ``[R · n, H]``."""
+        embedding = self.model.model.embed_tokens
+        x = embedding(tokens) if self.lagged is None else self.lagged.behind(tokens, self._before(rows, tokens))
+        return x.flatten(0, 1)
 
     def _head(self, x: Tensor) -> Tensor:
         return self.model.lm_head(x)
@@ -307,7 +308,7 @@ class LeanTarget(SoftmaxTarget):
         """Add n tentative tokens to rows: ``[R, n]`` → fp32 logits ``[R, n, V]``, or ``[R, len(keep), V]``."""
         if not self._may_run():
             return super().forward(tokens, rows, keep, final)
-        x = self._pass(tokens, self.cache.begin(rows, tokens.shape[1]), None)
+        x = self._pass(self._embedded(tokens, rows), self.cache.begin(rows, tokens.shape[1]), None)
         if keep is not None and len(keep) < tokens.shape[1]:
             # an index where one will do: a list becomes a tensor first
             kept = keep[0] if len(keep) == 1 else list(keep)
@@ -323,26 +324,50 @@ class LeanTarget(SoftmaxTarget):
         n = tokens.shape[1]
         if not self._may_run():
             return [each[:length] for each, length in zip(super().forward(tokens, rows), lengths, strict=True)]
-        x = self._pass(tokens, self.cache.begin(rows, n), None if min(lengths) == n else lengths)
+        x = self._embedded(tokens, rows)
+        x = self._pass(x, self.cache.begin(rows, n), None if min(lengths) == n else lengths)
         return list(self._logits(x).split(list(lengths)))
 
-    def _pass(self, tokens: Tensor, step: Step, lengths: Sequence[int] | None) -> Tensor:
-        """tokens ``[R, n]`` → hidden states ``[N, H]`` before the last norm: of all R · n, or of each row's first."""
-        flat, present = tokens.reshape(-1), None
+    def may_branch(self, row: int) -> bool:
+        """Whether ``forward_branches`` reads this row: with compiled attention, which is told who sees whom."""
+        if self.recent is not None or self.cache.rows[row].segments or not self._may_run():
+            return False
+        return self._has_compiled_attention()
+
+    @torch.no_grad()
+    def forward_branches(self, tokens: Tensor, row: int, depths: Sequence[int]) -> Tensor:
+        """``forward`` of several continuations of one row at once: tokens ``[n]`` → fp32 logits ``[n, V]``.
+
+        Token i is ``depths[i]`` ≤ i positions behind the row; of the new ones it sees the first depths[i] and itself.
+        ``may_branch`` says whether that can be asked.
+        """
+        step = self.cache.begin([row], len(tokens))
+        return self._logits(self._pass(self._embedded(tokens[None], [row]), step, None, torch.tensor(depths)))
+
+    def commit_path(self, path: Sequence[int], row: int) -> None:
+        """Keep the tentative positions ``path`` of a row, which ascend and follow on one another; drop the rest."""
+        self.cache.commit_path(row, path)
+
+    def _pass(self, x: Tensor, step: Step, lengths: Sequence[int] | None, depths: Tensor | None = None) -> Tensor:
+        """Embedded tokens ``[R · n, H]`` → hidden states ``[N, H]`` before the last norm: of all, or each row's first.
+
+        ``x`` is written to.
+        """
+        present = None
         if lengths is not None:
             present = (torch.arange(step.n) < torch.tensor(lengths)[:, None]).flatten().nonzero()[:, 0]
-            flat = flat[present]
+            x = x[present]
         self._know_angles(max(step.first_positions) + step.n)
-        x = self._embedded(flat)
         rows = self._compiled_rows(step, lengths)
-        stack = None if rows is None else self._stack(len(flat))
+        stack = None if rows is None else self._stack(len(x))
         if self._compiled is not None and rows is not None and stack is not None:
             stores = [self.cache.tails(i, self._kv_heads, self._head_size, x) for i in range(len(self._layers))]
             cosine, sine = self._angles.unbind()
             return self._compiled.layers(
-                x, stack, rows, cosine, sine, stores, heads=self._heads, eps=self._eps, scale=self._scale
+                x, stack, rows, cosine, sine, stores, heads=self._heads, eps=self._eps, scale=self._scale, depths=depths
             )
-        attend = self._attention(step, present) if rows is None else self._compiled_attention(rows)
+        assert depths is None or rows is not None, "may_branch() asks first"
+        attend = self._attention(step, present) if rows is None else self._compiled_attention(rows, depths)
         between = self._compiled or reference
         delta = None
         for index, layer in enumerate(self._layers):
@@ -374,27 +399,25 @@ class LeanTarget(SoftmaxTarget):
 
     def _compiled_rows(self, step: Step, lengths: Sequence[int] | None) -> Tensor | None:
         """The rows as compiled attention over their tails takes them; None where that cannot be or does not pay."""
-        size = self._head_size
-        if (
-            self._compiled is None
-            or size % HEAD_SIZE_MULTIPLE
-            or size > MAX_HEAD_SIZE
-            or step.n > MAX_COMPILED_TOKENS
-            or any(row.segments for row in step.rows)
-            or is_watched()
-        ):
+        if step.n > MAX_COMPILED_TOKENS or any(row.segments for row in step.rows) or not self._has_compiled_attention():
             return None
         counts = [step.n] * len(step.rows) if lengths is None else lengths
         return row_step.layout([row.slot for row in step.rows], step.starts, step.first_positions, counts)
 
-    def _compiled_attention(self, rows: Tensor) -> Attend:
+    def _has_compiled_attention(self) -> bool:
+        size = self._head_size
+        return (
+            self._compiled is not None and not size % HEAD_SIZE_MULTIPLE and size <= MAX_HEAD_SIZE and not is_watched()
+        )
+
+    def _compiled_attention(self, rows: Tensor, depths: Tensor | None) -> Attend:
         """The attention of this step over rows' tails, compiled."""
         compiled, (cosine, sine) = self._compiled, self._angles.unbind()
         assert compiled is not None, "_compiled_rows() asks first"
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.cache.tails(layer, self._kv_heads, self._head_size, k)
-            return compiled.attend(q, k, v, rows, cosine, sine, keys, values, scale=self._scale)
+            return compiled.attend(q, k, v, rows, cosine, sine, keys, values, scale=self._scale, depths=depths)
 
         return attend
 
@@ -440,15 +463,33 @@ class LeanDraft(LeanTarget):
         self._joined_head = _Joined([model.lm_head])
         self._joined = [*(joined for layer in layers for joined in layer.joined()), self._joined_head]
         self.linears = nn.ModuleList([joined.linear for joined in self._joined])
+        # what a lagged embedding adds up
+        self._table = torch.empty(0)
+        self._table_made_of: tuple[object, ...] = ()
 
     def _look(self) -> None:
         # everything but the weights was looked at when the draft was attached
         self._is_as_known = True
         for joined in self._joined:
             joined.refresh()
+        if self.lagged is not None:
+            now = tuple((weight.data_ptr(), weight._version) for weight in self.lagged.parameters())
+            if now != self._table_made_of:
+                self._table, self._table_made_of = self.lagged.table(), now
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.model.model.embed_tokens.weight).float()
+    def _embedded(self, tokens: Tensor, rows: Sequence[int]) -> Tensor:
+        if self.recent is None:
+            return F.embedding(tokens.reshape(-1), self.model.model.embed_tokens.weight).float()
+        size, lags, known = self.vocab_size, self.recent.lags, tokens.tolist()
+        # a row of the table for each lag: one sum of looked up rows and no product
+        nothing = (lags + 1) * size
+        places = []
+        for before, new in zip(self.recent.read(rows, known), known, strict=True):
+            whole = [*before, *new]
+            for end in range(lags, len(whole)):
+                seen = whole[end - lags : end + 1][::-1]
+                places.append([nothing if token < 0 else lag * size + token for lag, token in enumerate(seen)])
+        return F.embedding_bag(torch.tensor(places), self._table, mode="sum")
 
     def _head(self, x: Tensor) -> Tensor:
         return self._joined_head.linear(x)

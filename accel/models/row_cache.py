@@ -259,6 +259,17 @@ class RowCache(Cache):
             row.tail_length += count
             row.num_tentative = 0
 
+    def commit_path(self, name: int, path: Sequence[int]) -> None:
+        """Keep these tentative tokens of a row, in ascending order, and drop the others."""
+        row = self.rows[name]
+        assert all(i <= place < row.num_tentative for i, place in enumerate(path)), "places ascend"
+        start = row.tail_length
+        for i, place in enumerate(path):
+            if place > i:
+                for store in (*self._keys, *self._values):
+                    store[row.slot, :, start + i] = store[row.slot, :, start + place]
+        self.commit([name], [len(path)])
+
     def nbytes(self) -> int:
         """Bytes of context held: used tail positions of every row, and each distinct segment once."""
         per_position = sum(t.element_size() * t.shape[1] * t.shape[3] for t in (*self._keys, *self._values))

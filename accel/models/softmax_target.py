@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from accel.errors import ModelError
 from accel.models.attention import supports_rows, using_rows
+from accel.models.lagged import Recent, lagged_embedding
 from accel.models.row_cache import RowCache, Segment, Step
 
 
@@ -51,6 +52,8 @@ class SoftmaxTarget:
         self.reads_rows = supports_rows(config)
         self.cache = RowCache(views=self.reads_rows)
         self.taps: list[Tap] = []
+        self.lagged = lagged_embedding(model)
+        self.recent = None if self.lagged is None else Recent(self.lagged.lags)
         accepted = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in accepted
         self._takes_logits_to_keep = "logits_to_keep" in accepted
@@ -68,11 +71,16 @@ class SoftmaxTarget:
                 f"{type(self.model).__name__} runs its own attention, which knows no bias of slots: a cartridge with "
                 "one needs a family that accel/models/attention.py lists"
             )
-        return self.cache.open(segments)
+        name = self.cache.open(segments)
+        if self.recent is not None:
+            self.recent.open(name)
+        return name
 
     def close(self, rows: Iterable[int]) -> None:
         rows = list(rows)
         self.cache.close(rows)
+        if self.recent is not None:
+            self.recent.close(rows)
         for tap in self.taps:
             tap.close(rows)
 
@@ -80,6 +88,8 @@ class SoftmaxTarget:
         """``copies`` new rows with the context of ``row``, which becomes a segment that all of them share."""
         self.cache.freeze(row)
         names = [self.cache.open(self.cache.rows[row].segments) for _ in range(copies)]
+        if self.recent is not None:
+            self.recent.fork(row, names)
         for tap in self.taps:
             tap.fork(row, names)
         return names
@@ -113,7 +123,11 @@ class SoftmaxTarget:
 
     def _forward(self, tokens: Tensor, rows: Sequence[int], keep: Sequence[int] | None, step: Step) -> Tensor:
         n = tokens.shape[1]
-        inputs: dict[str, object] = {"input_ids": tokens, "past_key_values": self.cache, "use_cache": True}
+        inputs: dict[str, object] = {"past_key_values": self.cache, "use_cache": True}
+        if self.lagged is None:
+            inputs["input_ids"] = tokens
+        else:
+            inputs["inputs_embeds"] = self.lagged.behind(tokens, self._before(rows, tokens))
         if self._takes_positions:
             inputs["position_ids"] = self._positions(step)
         if not self.reads_rows:
@@ -135,8 +149,15 @@ class SoftmaxTarget:
     def commit(self, keep: Sequence[int], rows: Sequence[int]) -> None:
         """Keep the first ``keep[r]`` tentative tokens of each row, drop the others."""
         self.cache.commit(rows, keep)
+        if self.recent is not None:
+            self.recent.commit(rows, keep)
         for tap in self.taps:
             tap.commit(rows, keep)
+
+    def _before(self, rows: Sequence[int], tokens: Tensor) -> Tensor:
+        """The tokens before the new ones of each row, ``[R, lags]``, for an embedding that looks back."""
+        assert self.recent is not None, "only such an embedding has lags"
+        return torch.tensor(self.recent.read(rows, tokens.tolist()), device=tokens.device)
 
     def _positions(self, step: Step) -> Tensor:
         first = torch.tensor(step.first_positions, device=self.device)

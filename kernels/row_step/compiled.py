@@ -22,12 +22,12 @@ _SIGNATURES = {
     "linear": (c_int, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64),
     "silu_mul": (c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "attend": (
-        c_int, c_void_p, c_int64, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64,
+        c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p, c_int64, c_void_p, c_int64,
         c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p,
     ),
     "layers": (
-        c_int, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64, c_float,
-        c_float, c_void_p, c_void_p, c_int64, c_void_p,
+        c_int, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_int64, c_int64, c_int64,
+        c_float, c_float, c_void_p, c_void_p, c_int64, c_void_p,
     ),
 }  # fmt: skip
 # fields of cpu.c's Weight
@@ -124,12 +124,16 @@ class Compiled:
         values: Tensor,
         *,
         scale: float,
+        depths: Tensor | None = None,
     ) -> Tensor:
         """Rotate new queries and keys, put keys and values behind their rows' own, and attend to all a row holds.
 
         q ``[N, H · D]``, k and v ``[N, Hkv · D]``; rows ``[R, 5]`` from ``layout``; cosine and sine ``[positions, D]``,
         the first half of sine negative; stores ``[slots, Hkv, capacity, D]``, written to → ``[N, H · D]``. D must be
         a multiple of 16, at most 256.
+
+        ``depths`` int64 ``[N]``, at most each token's place in its row: the token's position behind that of the row's
+        first new one, and how many of the new tokens it sees before itself. None: each sees all before it.
         """
         q, k, v = _plain(q), _plain(k), _plain(v)
         _, kv_heads, capacity, size = keys.shape
@@ -137,7 +141,8 @@ class Compiled:
         assert keys.dtype == values.dtype == torch.float32 and size % HEAD_SIZE_MULTIPLE == 0 and size <= MAX_HEAD_SIZE
         out = q.new_empty(q.shape)
         failed = self._attend(
-            torch.get_num_threads(), rows.data_ptr(), len(rows), q.shape[1] // size, kv_heads, size, scale,
+            torch.get_num_threads(), rows.data_ptr(), len(rows), _address(depths), q.shape[1] // size, kv_heads, size,
+            scale,
             q.data_ptr(), q.stride(0), k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0),
             cosine.data_ptr(), sine.data_ptr(), keys.data_ptr(), values.data_ptr(), capacity, out.data_ptr(),
         )  # fmt: skip
@@ -157,11 +162,12 @@ class Compiled:
         heads: int,
         eps: float,
         scale: float,
+        depths: Tensor | None = None,
     ) -> Tensor:
         """All layers in one call: x ``[N, H]``, written to → what the last norm is taken of ``[N, H]``.
 
-        rows, cosine, sine and a layer's stores are ``attend``'s, the stores of all layers of one shape. Every weight's
-        outputs must be a multiple of 16.
+        rows, cosine, sine, depths and a layer's stores are ``attend``'s, the stores of all layers of one shape. Every
+        weight's outputs must be a multiple of 16.
         """
         keys = stores[0][0]
         _, kv_heads, capacity, size = keys.shape
@@ -169,13 +175,18 @@ class Compiled:
         assert all(each.is_contiguous() for each in (rows, cosine, sine))
         stack.point_to(stores)
         failed = self._layers(
-            torch.get_num_threads(), stack.table.data_ptr(), len(stack.layers), rows.data_ptr(), len(rows), len(x),
-            x.shape[1], heads, kv_heads, size, stack.inner, eps, scale, cosine.data_ptr(), sine.data_ptr(), capacity,
-            x.data_ptr(),
+            torch.get_num_threads(), stack.table.data_ptr(), len(stack.layers), rows.data_ptr(), len(rows),
+            _address(depths), len(x), x.shape[1], heads, kv_heads, size, stack.inner, eps, scale, cosine.data_ptr(),
+            sine.data_ptr(), capacity, x.data_ptr(),
         )  # fmt: skip
         if failed:
             raise MemoryError("no memory for what lies between the products of a step")
         return x
+
+
+def _address(x: Tensor | None) -> int | None:
+    assert x is None or (x.dtype == torch.int64 and x.is_contiguous())
+    return None if x is None else x.data_ptr()
 
 
 def _plain(x: Tensor) -> Tensor:

@@ -247,16 +247,17 @@ static inline void rotate(const float *x, const float *cosine, const float *sine
     }
 }
 
-/* One block of queries over the keys that they may see: sees[q] of them. Their results go where the queries were. */
-static void attend_block(float *const *where, const int64_t *sees, int count, int64_t size, float scale,
-                         const float *keys, const float *values, float *scores) {
+/* One block of queries over the keys that they may see: the first sees[q] and own[q]. Their results go where the queries
+ * were. */
+static void attend_block(float *const *where, const int64_t *sees, const int64_t *own, int count, int64_t size,
+                         float scale, const float *keys, const float *values, float *scores) {
     float q[QUERIES][MAX_HEAD];
     int64_t most = 0, least = INT64_MAX;
     for (int i = 0; i < QUERIES; i++) {
         /* a short block repeats its last query: scores of nobody cost nothing that matters */
         const int from = i < count ? i : count - 1;
         for (int64_t d = 0; d < size; d += LANES) store(q[i] + d, load(where[from] + d) * all(scale));
-        most = sees[from] > most ? sees[from] : most;
+        most = own[from] + 1 > most ? own[from] + 1 : most;
         least = sees[from] < least ? sees[from] : least;
     }
     vec best = all(-INFINITY);
@@ -275,7 +276,8 @@ static void attend_block(float *const *where, const int64_t *sees, int count, in
         if (j + 1 >= least)
             for (int i = 0; i < 2 * QUERIES; i++) {
                 const int query = i % QUERIES < count ? i % QUERIES : count - 1;
-                if (j + i / QUERIES >= sees[query]) score[i] = -INFINITY;
+                const int64_t key = j + i / QUERIES;
+                if (key >= sees[query] && key != own[query]) score[i] = -INFINITY;
             }
         store(scores + j * QUERIES, score);
         best = larger(best, score);
@@ -316,10 +318,13 @@ typedef struct {
 /* Rotate queries and keys, put keys and values behind their rows' own, and attend.
  *
  * q [tokens, heads * size], k and v [tokens, kv_heads * size], *_stride floats from a token to the next; cosine and
- * (signed) sine [positions, size]; stores [slots, kv_heads, capacity, size]; out [tokens, heads * size].
+ * (signed) sine [positions, size]; stores [slots, kv_heads, capacity, size]; out [tokens, heads * size]. With `depths`
+ * [tokens], a token stands that far behind its row's first new one, and sees as many of the new tokens besides itself;
+ * NULL: each stands behind all new ones before it.
  * Returns 0, or 1 where there is no memory for scores.
  */
-int attend(int threads, const Row *rows, int64_t num_rows, int64_t heads, int64_t kv_heads, int64_t size, float scale,
+int attend(int threads, const Row *rows, int64_t num_rows, const int64_t *depths, int64_t heads, int64_t kv_heads,
+           int64_t size, float scale,
            const float *q, int64_t q_stride, const float *k, int64_t k_stride, const float *v, int64_t v_stride,
            const float *cosine, const float *sine, float *keys, float *values, int64_t capacity, float *out) {
     const int64_t group = heads / kv_heads, slot_size = kv_heads * capacity * size;
@@ -343,7 +348,8 @@ int attend(int threads, const Row *rows, int64_t num_rows, int64_t heads, int64_
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < num_rows; r++)
             for (int64_t i = 0; i < rows[r].count; i++) {
-                const int64_t token = rows[r].first + i, at = (rows[r].position + i) * size;
+                const int64_t token = rows[r].first + i, depth = depths ? depths[token] : i;
+                const int64_t at = (rows[r].position + depth) * size;
                 for (int64_t h = 0; h < heads; h++)
                     rotate(q + token * q_stride + h * size, cosine + at, sine + at, size, out + (token * heads + h) * size);
                 for (int64_t h = 0; h < kv_heads; h++) {
@@ -358,14 +364,15 @@ int attend(int threads, const Row *rows, int64_t num_rows, int64_t heads, int64_
             const int64_t h = item % kv_heads, from = row->slot * slot_size + h * capacity * size;
             for (int64_t begin = 0; begin < row->count * group; begin += QUERIES) {
                 float *where[QUERIES];
-                int64_t sees[QUERIES];
+                int64_t sees[QUERIES], own[QUERIES];
                 int count = 0;
                 for (int64_t i = begin; i < row->count * group && count < QUERIES; i++, count++) {
                     /* token by token, a group's heads next to each other */
                     where[count] = out + ((row->first + i / group) * heads + h * group + i % group) * size;
-                    sees[count] = row->start + i / group + 1;
+                    own[count] = row->start + i / group;
+                    sees[count] = depths ? row->start + depths[row->first + i / group] : own[count];
                 }
-                attend_block(where, sees, count, size, scale, keys + from, values + from, scores);
+                attend_block(where, sees, own, count, size, scale, keys + from, values + from, scores);
             }
         }
     }
@@ -400,7 +407,8 @@ static void products_side_by_side(int threads, int64_t tokens, const Weight *wei
  *
  * Rows, tables and stores as `attend` has them. Returns 0, or 1 where there is no memory for what lies in between.
  */
-int layers(int threads, const Layer *layers, int64_t num_layers, const Row *rows, int64_t num_rows, int64_t tokens,
+int layers(int threads, const Layer *layers, int64_t num_layers, const Row *rows, int64_t num_rows,
+           const int64_t *depths, int64_t tokens,
            int64_t hidden, int64_t heads, int64_t kv_heads, int64_t size, int64_t inner, float eps, float scale,
            const float *cosine, const float *sine, int64_t capacity, float *x) {
     const int64_t queries = heads * size, keys = kv_heads * size, width = queries + 2 * keys;
@@ -413,7 +421,7 @@ int layers(int threads, const Layer *layers, int64_t num_layers, const Row *rows
         const Layer *layer = layers + l;
         add_norm(threads, tokens, hidden, x, l ? delta : NULL, layer->before_attention, eps, normed);
         products_side_by_side(threads, tokens, layer->qkv, 3, normed, hidden, qkv, width);
-        failed = attend(threads, rows, num_rows, heads, kv_heads, size, scale, qkv, width, qkv + queries, width,
+        failed = attend(threads, rows, num_rows, depths, heads, kv_heads, size, scale, qkv, width, qkv + queries, width,
                         qkv + queries + keys, width, cosine, sine, layer->keys, layer->values, capacity, attended);
         linear(threads, tokens, &layer->out, attended, queries, delta, hidden);
         add_norm(threads, tokens, hidden, x, delta, layer->before_mlp, eps, normed);

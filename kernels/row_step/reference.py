@@ -97,17 +97,20 @@ def attend(
     values: Tensor,
     *,
     scale: float,
+    depths: Tensor | None = None,
 ) -> Tensor:
     """As ``accel.kernels.row_step.attend``, a row at a time."""
     kv_heads, size = keys.shape[1], keys.shape[3]
     out = torch.empty_like(q)
     for slot, start, position, first, count in rows.tolist():
         new, old = slice(first, first + count), slice(start, start + count)
-        angles = [table[position : position + count, None] for table in (cosine, sine)]
+        behind = torch.arange(count) if depths is None else depths[new]
+        angles = [table[position + behind, None] for table in (cosine, sine)]
         keys[slot, :, old] = rotate(k[new].unflatten(-1, (kv_heads, size)), *angles).transpose(0, 1)
         values[slot, :, old] = v[new].unflatten(-1, (kv_heads, size)).transpose(0, 1)
         queries = rotate(q[new].unflatten(-1, (-1, size)), *angles).transpose(0, 1)
-        seen = torch.ones(count, start + count, dtype=torch.bool).tril_(start)
+        own = torch.eye(count, dtype=torch.bool)
+        seen = torch.cat([torch.ones(count, start, dtype=torch.bool), (torch.arange(count) < behind[:, None]) | own], 1)
         k_row, v_row = keys[slot, :, : start + count], values[slot, :, : start + count]
         found = F.scaled_dot_product_attention(
             queries[None], k_row[None], v_row[None], attn_mask=seen, scale=scale, enable_gqa=True
@@ -127,6 +130,7 @@ def layers(
     heads: int,
     eps: float,
     scale: float,
+    depths: Tensor | None = None,
 ) -> Tensor:
     """As ``accel.kernels.row_step.layers``."""
     delta = None
@@ -134,7 +138,7 @@ def layers(
         size = keys.shape[3]
         qkv = _side_by_side(add_norm(x, delta, layer.before_attention, eps), layer.qkv)
         q, k, v = qkv.split([size * n for n in (heads, keys.shape[1], keys.shape[1])], -1)
-        attended = attend(q, k, v, rows, cosine, sine, keys, values, scale=scale)
+        attended = attend(q, k, v, rows, cosine, sine, keys, values, scale=scale, depths=depths)
         delta = _side_by_side(attended, layer.out)
         gate, up = _side_by_side(add_norm(x, delta, layer.before_mlp, eps), layer.gate_up).chunk(2, -1)
         delta = _side_by_side(silu_mul(gate, up), layer.down)

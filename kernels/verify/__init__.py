@@ -12,9 +12,9 @@ from torch import Tensor
 from accel.kernels.common import kind
 from accel.kernels.device import runs_triton
 from accel.kernels.verify import reference
-from accel.kernels.verify.reference import Lenience, Verdict, accept, draw, f, longest_prefix, residual
+from accel.kernels.verify.reference import Lenience, Verdict, accept, draw, f, longest_path, longest_prefix, residual
 
-__all__ = ["Lenience", "Verdict", "accept", "draw", "f", "longest_prefix", "residual", "verify"]
+__all__ = ["Lenience", "Verdict", "accept", "draw", "f", "longest_path", "longest_prefix", "residual", "verify"]
 
 
 def verify(

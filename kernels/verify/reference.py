@@ -71,6 +71,28 @@ def longest_prefix(scores: Tensor, tokens: Sequence[int]) -> tuple[int, int]:
     return kept, best[kept]
 
 
+def longest_path(scores: Tensor, tokens: Sequence[int], beside: Sequence[tuple[int, int]]) -> tuple[list[int], int]:
+    """``longest_prefix`` with other tokens beside the draft's: (places in ``scores`` that are kept, the token after).
+
+    scores ``[1 + len(tokens) + len(beside), V]``: before the draft, behind each of its tokens, and behind each of
+    ``beside``: (depth, token), what might stand in the place of the draft's token ``depth``. The first place is always
+    kept; a token beside the draft has nothing behind it.
+    """
+    path = [0]
+    while True:
+        depth, place = len(path) - 1, path[-1]
+        token = int(first_argmax(scores[place : place + 1]))
+        if place == depth and depth < len(tokens) and tokens[depth] == token:
+            path.append(depth + 1)
+        elif place == depth and (depth, token) in beside:
+            path.append(1 + len(tokens) + beside.index((depth, token)))
+        else:
+            break
+    if not float(scores[path[-1], token]) > -torch.inf:
+        raise ValueError(NOTHING_TO_CHOOSE)
+    return path, token
+
+
 def f(p: Tensor, lenience: Lenience | None) -> Tensor:
     """The target's probabilities as lenient acceptance sees them: p/ε (lin), p/ε² (sq) or p^ε (exp); any shape."""
     if lenience is None:

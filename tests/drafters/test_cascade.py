@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from accel.drafters.base import Ask, Draft, Drafter
+from accel.drafters.base import Ask, Beside, Draft, Drafter
 from accel.drafters.cascade import CascadeDrafter
 from accel.drafters.ngram import NgramDrafter
 from accel.drafters.suffix import SuffixDrafter
@@ -19,6 +19,7 @@ class Stub:
         self.answers = answers or {}
         self.calls = []
         self.refuses = False
+        self.beside = []
 
     def open(self, row, prompt, seed):
         if self.refuses:
@@ -30,7 +31,7 @@ class Stub:
         drafts = []
         for ask in asks:
             tokens, confidence = self.answers.get(ask.row, ([], 0.0))
-            drafts.append(Draft(list(tokens), confidence=[confidence] * len(tokens)))
+            drafts.append(Draft(list(tokens), confidence=[confidence] * len(tokens), beside=self.beside))
         return drafts
 
     def observe(self, row, tokens):
@@ -50,6 +51,22 @@ def test_rows_go_to_the_first_where_it_is_confident_and_to_the_second_otherwise(
     assert [draft.tokens for draft in drafts] == [[31], [10], [21], [40]]
     assert [draft.source for draft in drafts] == ["b", "a", "b", "a"]
     assert then.calls == [("propose", [3, 2])]
+
+
+def test_an_unsure_guess_stands_beside_the_seconds():
+    first = Stub("a", {1: ([20, 9], 0.1), 2: ([30], 0.1), 3: ([50], 0.2)})
+    then = Stub("b", {1: ([21], 0.3), 2: ([30], 0.3), 3: ([51], 0.3)})
+    then.beside = [Beside(0, 50, 0.05), Beside(0, 60, 0.04)]
+    asks = [Ask(1, 4, beside=2), Ask(2, 4, beside=2), Ask(3, 4, beside=2), Ask(1, 4)]
+    drafts = CascadeDrafter(first, then, threshold=0.5).propose(asks)
+    assert [draft.beside for draft in drafts] == [
+        [*then.beside, Beside(0, 20, 0.1, "a")],
+        # what both say first needs no second place
+        then.beside,
+        # of what both think of, the first drafter's belief stays: it is asked for here because it costs nothing
+        [Beside(0, 60, 0.04), Beside(0, 50, 0.2, "a")],
+        then.beside,
+    ]
 
 
 def test_a_second_that_costs_something_is_not_asked_by_rows_that_want_free_guesses_only():

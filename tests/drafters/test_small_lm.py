@@ -137,6 +137,25 @@ def test_confidence_is_the_models_probability_of_each_token():
     assert draft.confidence == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_others_that_a_token_might_be_are_the_models_next_best(trimmed):
+    drafter = SmallLMDrafter(MODEL, TARGET_VOCAB, mapped()) if trimmed else SmallLMDrafter(MODEL, VOCAB)
+    prompt = [1, 5, 9]
+    drafter.open(0, [D2T[token] for token in prompt] if trimmed else prompt, seed=0)
+    draft = drafter.propose([Ask(0, 2, beside=3)])[0]
+    text = list(prompt)
+    for depth in range(2):
+        best = logits_after(MODEL, text).softmax(-1).topk(4)
+        names = [D2T[token] if trimmed else token for token in best.indices.tolist()]
+        others = [each for each in draft.beside if each.depth == depth]
+        assert (draft.tokens[depth], [each.token for each in others]) == (names[0], names[1:])
+        found = [draft.confidence[depth], *(each.confidence for each in others)]
+        torch.testing.assert_close(torch.tensor(found), best.values, rtol=1e-4, atol=1e-6)
+        text.append(int(best.indices[0]))
+    assert not drafter.propose([Ask(0, 2)])[0].beside
+    drafter.close(0)
+
+
 def test_keep_going_ends_a_rows_draft_alone():
     drafter = SmallLMDrafter(MODEL, VOCAB)
     drafter.open(0, [4, 8], seed=0)

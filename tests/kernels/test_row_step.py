@@ -178,6 +178,26 @@ def test_attention_over_rows(functions, case: str, peaked: bool) -> None:
     assert torch.equal(values.nan_to_num(), before[1].nan_to_num())
 
 
+def test_tokens_beside_others_see_their_own_path_alone(functions) -> None:
+    """Token i, at depth d, is the last of a row that gained the first d new tokens and itself."""
+    kv_heads, size, capacity, start, offset = 2, 16, 64, 21, 7
+    depths = [0, 1, 2, 1, 3, 1, 0]
+    cosine, sine, _ = tables(offset + capacity, size)
+    q, k, v = (normal(len(depths), heads * size, seed=s) for heads, s in ((6, 1), (2, 2), (2, 3)))
+    stores = [normal(2, kv_heads, capacity, size, seed=s) for s in (4, 5)]
+    rows = layout([1], [start], [offset + start], [len(depths)])
+    own = [store.clone() for store in stores]
+    got = functions.attend(q, k, v, rows, cosine, sine, *own, scale=0.25, depths=torch.tensor(depths))
+    for i, depth in enumerate(depths):
+        path = [*range(depth), i]
+        alone = [store.clone() for store in stores]
+        rows = layout([1], [start], [offset + start], [len(path)])
+        expected = functions.attend(q[path], k[path], v[path], rows, cosine, sine, *alone, scale=0.25)
+        assert close(got[i], expected[-1])
+        for theirs, ours in zip(alone, own, strict=True):
+            assert close(ours[1, :, start + i], theirs[1, :, start + depth])
+
+
 @needs_compiler
 def test_parts_of_a_joined_product_are_read_where_they_lie(made: Compiled) -> None:
     cosine, sine, _ = tables(16, 16)
@@ -194,6 +214,7 @@ def test_parts_of_a_joined_product_are_read_where_they_lie(made: Compiled) -> No
 
 LAYERS = {
     "one token": ([0], [5], [1], False, 1),
+    "tokens beside others": ([1], [5], [5], False, 2),
     "joined products, several layers": ([2, 0], [8, 3], [3, 1], True, 2),
     "rows of all lengths": ([3, 0, 2, 1], [0, 37, 64, 1], [5, 1, 2, 9], False, 3),
 }
@@ -211,13 +232,15 @@ def test_layers_in_one_call_are_their_parts(functions, case: str, in_8_bits: boo
     rows = layout(slots, starts, [7 + start for start in starts], counts)
     stores = [[normal(5, kv_heads, capacity, size, seed=70 + 2 * n + i) for i in range(2)] for n in range(depth)]
     x = normal(sum(counts), hidden, seed=90)
+    depths = torch.tensor([0, 1, 2, 1, 2]) if case == "tokens beside others" else None
 
     stack, expected, own = [], x.clone(), [[each.clone() for each in pair] for pair in stores]
     for (before_attention, before_mlp), each, (keys, values) in zip(norms, weights, own, strict=True):
         panels = [row_step.panels(weight, in_8_bits=in_8_bits) for weight in each]
         q, k, v, out, gate, up, down = (lambda x, p=p: reference.linear(x, p) for p in panels)
         normed = torch.nn.functional.rms_norm(expected, (hidden,), before_attention, eps)
-        found = reference.attend(q(normed), k(normed), v(normed), rows, cosine, sine, keys, values, scale=0.25)
+        rest = (rows, cosine, sine, keys, values)
+        found = reference.attend(q(normed), k(normed), v(normed), *rest, scale=0.25, depths=depths)
         expected = expected + out(found)
         normed = torch.nn.functional.rms_norm(expected, (hidden,), before_mlp, eps)
         expected = expected + down(torch.nn.functional.silu(gate(normed)) * up(normed))
@@ -231,7 +254,7 @@ def test_layers_in_one_call_are_their_parts(functions, case: str, in_8_bits: boo
 
     made = stack if functions is reference else row_step.Stack(stack)
     given = (made, rows, cosine, sine, [tuple(pair) for pair in stores])
-    got = functions.layers(x.clone(), *given, heads=heads, eps=eps, scale=0.25)
+    got = functions.layers(x.clone(), *given, heads=heads, eps=eps, scale=0.25, depths=depths)
     assert close(got, expected)
     for pair, wanted in zip(stores, own, strict=True):
         assert all(close(a, b) for a, b in zip(pair, wanted, strict=True))
@@ -256,8 +279,11 @@ MUTATIONS = [
     ("the sigmoid of negatives", "choose(positive, all(1), e)", "all(1)", "silu"),
     ("the gate's end", "expf(-g[i])", "expf(g[i])", "silu"),
     ("the rotation's second half", "load(sine + half + i)", "load(sine + i)", "attend"),
-    ("the row's position", "(rows[r].position + i) * size", "(rows[r].start + i) * size", "attend"),
-    ("the causal mask", ">= sees[query]) score[i]", "> sees[query]) score[i]", "attend"),
+    ("the row's position", "(rows[r].position + depth) * size", "(rows[r].start + depth) * size", "attend"),
+    ("the causal mask", "key >= sees[query] &&", "key > sees[query] + 1 &&", "attend"),
+    ("a token itself", "&& key != own[query]", "", "attend"),
+    ("the token's depth", "depths ? depths[token] : i;", "i;", "depths"),
+    ("what a token beside others sees", "depths ? row->start + depths[row->first + i / group] : own", "own", "depths"),
     ("the maximum", "load(scores + j * QUERIES) - best", "load(scores + j * QUERIES)", "peaked"),
     ("the other half's maximum", "best = larger(best, SHUFFLE(best, best, 4, 5, 6, 7, 0, 1, 2, 3));", "", "peaked"),
     ("the other half's weights", "total += SHUFFLE(total, total, 4, 5, 6, 7, 0, 1, 2, 3);", "", "attend"),
@@ -286,6 +312,7 @@ def test_a_deliberate_bug_turns_a_check_red(text: str, broken: str, check: str, 
         "silu": lambda: [test_gated_silu(mutant, 2, width) for width in (8, 13)],
         "attend": lambda: [test_attention_over_rows(mutant, case, False) for case in CASES],
         "peaked": lambda: [test_attention_over_rows(mutant, case, True) for case in CASES],
+        "depths": lambda: [test_tokens_beside_others_see_their_own_path_alone(mutant)],
     }
     with pytest.raises(AssertionError):
         checks[check]()

@@ -5,13 +5,15 @@ That the verdicts add up to the target's distribution is tested in test_verify_l
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from accel.kernels.verify import accept, draw, f, longest_prefix, residual, verify
+from accel.kernels.verify import accept, draw, f, longest_path, longest_prefix, residual, verify
 
 BELOW_ONE = 1 - 2**-53  # the largest float64 uniform
 LENIENCES = [None, ("lin", 0.5), ("sq", 0.7), ("exp", 0.3)]
@@ -313,6 +315,34 @@ def test_one_greedy_row_on_the_host_is_the_same_verdict(data):
             longest_prefix(scores, tokens)
         return
     assert longest_prefix(scores, tokens) == (int(expected.n_accepted), int(expected.next_token))
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_path_is_what_the_argmaxes_spell(data):
+    """Each drafted token in turn, or one beside it and nothing more: what walks there is an independent search."""
+    V, K = data.draw(st.integers(2, 5)), data.draw(st.integers(0, 4))
+    tokens = [data.draw(st.integers(0, V - 1)) for _ in range(K)]
+    others = st.tuples(st.integers(0, max(0, K - 1)), st.integers(0, V - 1))
+    beside = sorted({each for each in data.draw(st.lists(others, max_size=5)) if K and tokens[each[0]] != each[1]})
+    values = st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=V, max_size=V)
+    scores = torch.tensor([data.draw(values) for _ in range(1 + K + len(beside))])
+    said = scores.argmax(-1).tolist()
+    # every path that there is, and the longest of those whose tokens are what the target says before each
+    paths = [list(range(k + 1)) for k in range(K + 1)]
+    paths += [[*range(depth + 1), 1 + K + i] for i, (depth, _) in enumerate(beside)]
+    read = [None, *tokens, *(token for _, token in beside)]
+    true = [path for path in paths if all(said[a] == read[b] for a, b in itertools.pairwise(path))]
+    path, following = longest_path(scores, tokens, beside)
+    assert path == max(true, key=len) and following == said[path[-1]]
+    if not beside:
+        assert (len(path) - 1, following) == longest_prefix(scores, tokens)
+
+
+def test_a_path_to_nothing_is_refused():
+    scores = torch.tensor([[0.0, 1.0], [0.0, 0.0], [-torch.inf, -torch.inf]])
+    with pytest.raises(ValueError, match="no token can follow"):
+        longest_path(scores, [0], [(0, 1)])
 
 
 @pytest.mark.parametrize(

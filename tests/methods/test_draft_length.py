@@ -5,12 +5,14 @@ What the policy is worth in tokens a second is tested in simulated decoding at t
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import pytest
 
+from accel.drafters.base import Beside
 from accel.methods.speculative import draft_length
 from accel.methods.speculative.draft_length import (
     ASSUMED_COST_PER_POSITION,
@@ -25,11 +27,20 @@ from accel.methods.speculative.draft_length import (
     TRY_EVERY,
     WINDOW,
     Acceptance,
+    AcceptanceBeside,
     AdaptiveLength,
     Costs,
     FixedLength,
     nearby,
 )
+
+
+def trim(length: AdaptiveLength, row: int, confidences: Sequence[float], rows: int, free: bool) -> int:
+    """How much of a guess is verified, where nothing stands beside it."""
+    kept, beside = length.choose(row, confidences, rows, free)
+    assert not beside
+    return kept
+
 
 # -- acceptance
 
@@ -146,7 +157,7 @@ def test_a_new_row_does_not_try_a_block_twice_before_it_gives_up(at_once: bool) 
     tries = 0
     while length.allowance(0):
         tries += 1
-        length.trim(0, [0.9] * 4, 1, free=False)
+        trim(length, 0, [0.9] * 4, 1, free=False)
         length.costs.observe_draft(4, 40.0)
     assert tries == (1 if at_once else 2)
 
@@ -282,11 +293,58 @@ def test_trim_is_the_argmax(slope: float, rows: int) -> None:
         confidences = [rng.uniform(0.02, 0.98) ** 0.5 for _ in range(rng.randrange(9))]
         length = AdaptiveLength(16, known_costs(slope))
         length.open(0)
-        chosen.add(length.trim(0, confidences, rows, free=True))
-        assert length.trim(0, confidences, rows, free=True) == brute_force(
+        chosen.add(trim(length, 0, confidences, rows, free=True))
+        assert trim(length, 0, confidences, rows, free=True) == brute_force(
             [min(c, 0.98) for c in confidences], slope, rows
         )
     assert len(chosen) > 1 or slope == 1.0
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.02, 0.1, 0.3])
+def test_what_stands_beside_is_chosen_with_the_guess(slope: float) -> None:
+    """Against all ways to choose: a prefix of the guess, and any tokens beside what it begins with."""
+    rng = random.Random(2)
+    sizes = set()
+    for _ in range(40):
+        confidences = [rng.uniform(0.1, 0.97) for _ in range(rng.randrange(1, 4))]
+        beside = [Beside(d, 7, rng.uniform(0.02, 1 - c)) for d, c in enumerate(confidences) for _ in range(2)]
+        length = AdaptiveLength(16, known_costs(slope))
+        length.open(0)
+        kept, chosen = length.choose(0, confidences, 1, free=True, beside=beside)
+        alive = [1.0, *Acceptance().survival(confidences)]
+
+        def rate(count: int, others: Sequence[Beside], alive: list[float] = alive, slope: float = slope) -> float:
+            chances = [alive[each.depth] * max(each.confidence, 0.02) for each in others]
+            return (1 + sum(alive[1 : count + 1]) + sum(chances)) / (1 + slope * (count + len(others)))
+
+        ways = [
+            (count, others)
+            for count in range(len(confidences) + 1)
+            for size in range(len(beside) + 1)
+            for others in itertools.combinations(beside, size)
+            if all(each.depth <= count for each in others)
+        ]
+        best = max(rate(*way) for way in ways)
+        if best >= LEAST_GAIN * rate(0, ()):
+            assert rate(kept, chosen) == pytest.approx(best)
+        else:
+            assert (kept, chosen) == (0, [])
+        sizes.add((kept, len(chosen)))
+    assert len(sizes) > 1
+
+
+def test_tokens_beside_a_guess_have_an_acceptance_of_their_own() -> None:
+    length = AdaptiveLength(16, known_costs(0.2))
+    length.open(0)
+    beside = [Beside(0, 5, 0.2), Beside(1, 6, 0.2), Beside(0, 9, 0.2, source="other")]
+    for _ in range(300):
+        # the guess's first token never comes true: the one beside it does, and what follows says nothing
+        length.learn_beside(0, beside, [5], "lm")
+    assert length._estimate_beside(0, "lm").chance(0.2) > 0.9 > 0.1 > length._estimate_beside(0, "other").chance(0.2)
+    assert length._estimate(0, "lm").chance(0.2) == pytest.approx(0.2)
+    assert length.choose(0, [0.1], 1, free=True, source="lm", beside=beside[:1]) == (0, beside[:1])
+    # small confidences are told apart
+    assert len({AcceptanceBeside.bin(each) for each in (0.005, 0.02, 0.05, 0.1, 0.2)}) == 5
 
 
 def test_one_rows_draft_is_not_worth_a_whole_batch() -> None:
@@ -333,9 +391,9 @@ def test_rows_that_are_read_apart_are_drafted_for_apart() -> None:
 def test_trim_says_plain_where_speculation_loses() -> None:
     length = AdaptiveLength(16, known_costs(slope=0.6))
     length.open(0)
-    assert length.trim(0, [0.5] * 8, 1, free=True) == 0
-    assert length.trim(0, [0.9] * 8, 1, free=True) > 0
-    assert length.trim(0, [], 1, free=True) == 0
+    assert trim(length, 0, [0.5] * 8, 1, free=True) == 0
+    assert trim(length, 0, [0.9] * 8, 1, free=True) > 0
+    assert trim(length, 0, [], 1, free=True) == 0
 
 
 def test_plain_steps_are_timed_first_and_again_from_time_to_time() -> None:
@@ -344,7 +402,7 @@ def test_plain_steps_are_timed_first_and_again_from_time_to_time() -> None:
     length.open(0)
     kept = []
     for _ in range(3 * STALE):
-        kept.append(length.trim(0, [0.95] * 4, 1, free=True))
+        kept.append(trim(length, 0, [0.95] * 4, 1, free=True))
         costs.observe_verify(1 + kept[-1], 1.0 + 0.01 * kept[-1])
     assert [i for i, k in enumerate(kept) if k == 0] == [0, STALE + 1, 2 * STALE + 2]
 
@@ -380,7 +438,7 @@ def test_a_fixed_length_is_kept() -> None:
     length.open(0)
     assert length.allowance(0) == 5
     assert length.keep_going(0, [0.01], 1)
-    assert length.trim(0, [0.01] * 5, 1, free=False) == 5
+    assert trim(length, 0, [0.01] * 5, 1, free=False) == 5
     length.learn(0, [0.01] * 5, 0, 5)
     assert length.allowance(0) == 5
     length.close(0)
@@ -395,11 +453,11 @@ def play(length: AdaptiveLength, rounds: int, right: Callable[[int], bool], conf
     for i in range(rounds):
         if length.allowance(0):
             drafted.append(i)
-            length.trim(0, [confidence], 1, free=False)
+            trim(length, 0, [confidence], 1, free=False)
             length.learn(0, [confidence], int(right(i)), 1)
             length.costs.observe_draft(1, length.costs.draft())
         else:
-            length.trim(0, [], 1, free=False)
+            trim(length, 0, [], 1, free=False)
         length.costs.observe_verify(1, 1.0)
     return drafted
 
@@ -446,8 +504,8 @@ def test_one_poor_guess_does_not_pause_a_winning_drafter() -> None:
     length.open(0)
     for _ in range(10):
         assert length.allowance(0)
-        length.trim(0, [0.9, 0.9], 1, free=False)
-    length.trim(0, [0.05], 1, free=False)
+        trim(length, 0, [0.9, 0.9], 1, free=False)
+    trim(length, 0, [0.05], 1, free=False)
     assert length.allowance(0)
 
 
@@ -456,15 +514,15 @@ def test_rounds_in_which_nothing_was_drafted_are_no_verdict() -> None:
     length.open(0)
     for confidences in ([0.9], [0.9], *([[]] * 50), [0.05]):
         assert length.allowance(0)
-        length.trim(0, confidences, 1, free=False)
+        trim(length, 0, confidences, 1, free=False)
     assert length.allowance(0)
 
 
 def test_a_failed_try_verifies_a_token_so_that_a_sampled_draft_teaches() -> None:
     length = AdaptiveLength(16, known_costs(draft=0.5))
     length.open(0)
-    assert length.trim(0, [0.05], 1, free=False) == 0
-    assert length.trim(0, [0.05], 1, free=False) == 1
+    assert trim(length, 0, [0.05], 1, free=False) == 0
+    assert trim(length, 0, [0.05], 1, free=False) == 1
     assert length.allowance(0) == 0
 
 
@@ -473,7 +531,7 @@ def test_a_free_drafter_is_never_paused() -> None:
     length.open(0)
     for _ in range(50):
         assert length.allowance(0) == 16
-        assert length.trim(0, [0.03] * 4, 1, free=True) == 0
+        assert trim(length, 0, [0.03] * 4, 1, free=True) == 0
 
 
 def test_a_new_row_starts_with_the_patience_of_the_last_one() -> None:
@@ -490,8 +548,8 @@ def test_rows_are_paused_on_their_own() -> None:
     length.open(0)
     length.open(1)
     for _ in range(6):
-        length.trim(0, [0.03], 2, free=False)
-        length.trim(1, [0.97], 2, free=False)
+        trim(length, 0, [0.03], 2, free=False)
+        trim(length, 1, [0.97], 2, free=False)
     assert length.allowance(0) == 0
     assert length.allowance(1) == 16
 
@@ -524,7 +582,7 @@ def decode(
         most = policy.allowance(0)
         while len(confidences) < most and (draft == 0 or policy.keep_going(0, confidences, 1)):
             confidences.append(rate if believed is None else believed)
-        length = policy.trim(0, confidences, 1, free=draft == 0)
+        length = trim(policy, 0, confidences, 1, free=draft == 0)
         right = 0
         while right < len(confidences) and rng.random() < rate:
             right += 1
@@ -566,7 +624,7 @@ def of_two_kinds(low: float, high: float, share: float, draft: float, slope: flo
         most = policy.allowance(row)
         while len(confidences) < most and policy.keep_going(row, confidences, 1):
             confidences.append(high if rng.random() < share else low)
-        length = policy.trim(row, confidences, 1, free=False)
+        length = trim(policy, row, confidences, 1, free=False)
         right = 0
         while right < len(confidences) and rng.random() < confidences[right]:
             right += 1

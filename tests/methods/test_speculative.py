@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
-from accel.drafters.base import Ask, Draft, Drafter
+from accel.drafters.base import Ask, Beside, Draft, Drafter
 from accel.drafters.cascade import CascadeDrafter
 from accel.errors import IncompatibleError
 from accel.methods.plain.decoder import PlainDecoder, PlainOptions
-from accel.methods.speculative.decoder import SpeculativeDecoder, Speculator
+from accel.methods.speculative.decoder import MOST_BESIDE, SpeculativeDecoder, Speculator
 from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength
 from accel.methods.speculative.options import SpeculativeOptions
 from accel.sampling import LogitsPipeline
@@ -90,6 +90,30 @@ class ScriptedTarget:
         return 0
 
 
+class BranchingTarget(ScriptedTarget):
+    """The same, with rows that go on in several ways at once."""
+
+    def __init__(self, max_positions: int | None = None) -> None:
+        super().__init__(max_positions)
+        self.paths: list[list[int]] = []
+
+    def may_branch(self, row: int) -> bool:
+        return True
+
+    def forward_branches(self, tokens: Tensor, row: int, depths: Sequence[int]) -> Tensor:
+        assert not self.tentative[row]
+        known = self.tentative[row] = tokens.tolist()
+        self.forwards.append({row: known})
+        return torch.stack(
+            [logits_after([*self.kept[row], *known[:depth], token]) for token, depth in zip(known, depths, strict=True)]
+        )
+
+    def commit_path(self, path: Sequence[int], row: int) -> None:
+        self.paths.append(list(path))
+        self.kept[row] += [self.tentative[row][place] for place in path]
+        self.tentative[row] = []
+
+
 # (the row's final tokens, most that may be drafted) → a guess
 Guess = Callable[[list[int], int], Draft]
 
@@ -148,8 +172,15 @@ def request(id: int, prompt: Sequence[int] = (1, 2, 3), new: int = 20, **kwargs)
 class Setup:
     """A decoder with everything scripted around it, run to the requests' length."""
 
-    def __init__(self, guess: Guess | Drafter, *, max_positions: int | None = None, **options) -> None:
-        self.target = ScriptedTarget(max_positions)
+    def __init__(
+        self,
+        guess: Guess | Drafter,
+        *,
+        max_positions: int | None = None,
+        target: ScriptedTarget | None = None,
+        **options,
+    ) -> None:
+        self.target = target or ScriptedTarget(max_positions)
         self.drafter = guess if isinstance(guess, Drafter) else ScriptedDrafter(guess)
         self.options = SpeculativeOptions(**{"draft_length": 4, **options})
         self.speculator = Speculator.create(self.drafter, self.options)
@@ -195,6 +226,55 @@ def test_the_target_holds_all_but_the_last_token() -> None:
             tokens += emission.tokens
         assert setup.target.kept[10] == tokens[:-1]
         assert setup.target.tentative[10] == []
+
+
+def wrong_with_the_right_beside(wrong_at: int) -> Guess:
+    """Guesses three tokens; that at ``wrong_at`` is wrong, and the right one stands beside it, among others."""
+
+    def guess(seen: list[int], most: int) -> Draft:
+        right = greedy(seen, 3)
+        tokens = [(t + (i == wrong_at)) % VOCAB for i, t in enumerate(right)][:most]
+        depths = range(min(3, most))
+        beside = [Beside(d, (right[d] + 5) % VOCAB, 0.3) for d in depths]
+        beside += [Beside(d, right[d], 0.4) for d in depths if tokens[d] != right[d]]
+        return Draft(tokens, confidence=[0.6, 0.55, 0.5][:most], beside=beside)
+
+    return guess
+
+
+@pytest.mark.parametrize("wrong_at", [0, 1, 2, 3])
+def test_a_token_beside_the_guess_is_kept_where_it_is_the_one(wrong_at: int, monkeypatch) -> None:
+    monkeypatch.setattr(Costs, "verify", lambda self, positions: 1.0)
+    monkeypatch.setattr(Costs, "is_stale", lambda self, positions: False)
+    setup = Setup(wrong_with_the_right_beside(wrong_at), target=BranchingTarget(), draft_length="auto")
+    tokens = setup.run(request(0, new=22))[0]
+    assert tokens[:22] == greedy([1, 2, 3], 22)
+    # up to the wrong one, the one beside it, and what the target says behind that
+    kept = min(wrong_at + 1, 3)
+    assert {len(e.tokens) for e in setup.emissions[1:4]} == {kept + 1}
+    places = [*range(wrong_at + 1), setup.target.paths[0][-1]] if wrong_at < 3 else [0, 1, 2, 3]
+    assert setup.target.paths[0] == places and places[-1] >= min(wrong_at + 1, 3)
+    assert all(ask.beside > 0 for ask in setup.drafter.asks)
+    seen = setup.drafter.closed[0]
+    assert seen[: 3 + len(tokens)] == [1, 2, 3, *tokens]
+    assert setup.stats.accepted_tokens == sum(len(e.tokens) - 1 for e in setup.emissions[1:])
+
+
+def test_tokens_beside_a_guess_are_for_one_greedy_row_of_any_length(monkeypatch) -> None:
+    def asked(*requests: Request, target: ScriptedTarget | None = None, **options) -> set[int]:
+        setup = Setup(right_for(2, 4), target=target or BranchingTarget(), **{"draft_length": "auto"} | options)
+        for each, tokens in setup.run(*requests).items():
+            assert requests[each].do_sample or tokens[:8] == greedy([1, 2, 3], 8)
+        return {ask.beside for ask in setup.drafter.asks}
+
+    assert asked(request(0)) == {MOST_BESIDE}
+    assert asked(request(0), target=ScriptedTarget()) == {0}
+    assert asked(request(0), draft_length=4) == {0}
+    assert asked(request(0, do_sample=True)) == {0}
+    assert asked(request(0), lenience=("lin", 0.5)) == {0}
+    assert asked(request(0), request(1)) == {0, MOST_BESIDE} or asked(request(0), request(1)) == {0}
+    history = LogitsPipeline(LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.0)]))
+    assert asked(request(0, pipeline=history)) == {0}
 
 
 def test_stats_by_position() -> None:
@@ -280,7 +360,7 @@ def test_evict_closes_the_row_everywhere_and_once() -> None:
 
 def test_trimmed_tokens_are_never_verified_and_still_teach(monkeypatch) -> None:
     learned = []
-    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, *how: min(1, len(confidences)))
+    monkeypatch.setattr(AdaptiveLength, "choose", lambda self, row, confidences, *how: (min(1, len(confidences)), []))
     monkeypatch.setattr(AdaptiveLength, "learn", lambda self, row, confidences, *seen: learned.append(seen))
     setup = Setup(right_for(2, 4), draft_length="auto")
     tokens = setup.run(request(0, new=7))
@@ -441,7 +521,7 @@ def test_greedy_and_sampled_rows_in_one_batch() -> None:
 
 def test_a_sampled_drafts_outcome_is_its_acceptance(monkeypatch) -> None:
     learned: list[tuple[int, int]] = []
-    monkeypatch.setattr(AdaptiveLength, "trim", lambda self, row, confidences, *how: min(2, len(confidences)))
+    monkeypatch.setattr(AdaptiveLength, "choose", lambda self, row, confidences, *how: (min(2, len(confidences)), []))
     monkeypatch.setattr(AdaptiveLength, "learn", lambda self, row, confidences, *seen: learned.append(seen))
     setup = Setup(sampled_guess, draft_length="auto")
     setup.run(request(0, new=20, do_sample=True, seed=1))

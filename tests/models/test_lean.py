@@ -29,6 +29,7 @@ from transformers import (
 from accel.artifacts.resolve import compiled_folder
 from accel.kernels.row_step import compiled
 from accel.models import cpu_linear
+from accel.models.lagged import install
 from accel.models.lean import LeanDraft, LeanTarget, draft_reader, supports, target_for
 from accel.models.softmax_target import SoftmaxTarget
 
@@ -52,8 +53,15 @@ def llama(**more) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**SIZES, **more))
 
 
+def looking_back(**more) -> PreTrainedModel:
+    model = install(llama(embedding_lags=2, **more))
+    torch.nn.init.normal_(model.get_input_embeddings().lag_weight, std=0.1)
+    return model
+
+
 MAKERS = {
     "llama": llama,
+    "llama-looking-back": lambda: looking_back(tie_word_embeddings=True),
     "llama-tied": lambda: llama(tie_word_embeddings=True),
     "llama-biases": lambda: llama(attention_bias=True, mlp_bias=True),
     "llama-wide-heads": lambda: llama(head_dim=32),
@@ -203,6 +211,41 @@ def test_rows_of_different_lengths_are_read_as_far_as_each_goes(name: str, kind:
         assert sum(counted) == positions
     assert [reader.num_positions(name) for name in names] == [len(text) for text in texts]
     check_way(reader, name, way)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-biases", "llama-yarn", "qwen3"])
+def test_branches_are_read_as_if_each_were_alone(name: str, way: str) -> None:
+    """A chain of three and tokens beside it; then what one path leaves behind is read on from."""
+    model = made(name)
+    reader = target_for(model)
+    prepare(reader, way)
+    text = torch.randint(VOCAB, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    row, other = reader.open(), reader.open()
+    for each in (row, other):
+        reader.forward(torch.tensor([text]), [each])
+        reader.commit([len(text)], [each])
+    assert reader.may_branch(row) == (way != "torch")
+    if way == "torch":
+        return
+    tokens, depths = [7, 11, 13, 17, 19, 23, 29], [0, 1, 2, 3, 1, 3, 1]
+    for path in ([0], [0, 1, 2], [0, 4], [0, 1, 2, 5], [0, 6]):
+        logits = reader.forward_branches(torch.tensor(tokens), row, depths)
+        assert logits.shape == (7, VOCAB)
+        for place, depth in enumerate(depths):
+            alone = [*tokens[:depth], tokens[place]]
+            assert error(logits[place], from_scratch(model, text + alone, 1)[0]) <= TOLERANCE
+        reader.commit_path(path, row)
+        text += [tokens[place] for place in path]
+        assert reader.num_positions(row) == len(text)
+        logits = reader.forward(torch.tensor([[3, 5]]), [row])
+        assert error(logits[0], from_scratch(model, [*text, 3, 5], 2)) <= TOLERANCE
+        reader.commit([1], [row])
+        text.append(3)
+    check_way(reader, name, way)
+    # what stands beside a shared context is read in torch, which knows chains alone
+    assert not any(reader.may_branch(copy) for copy in reader.fork(row, 2))
+    small = LeanTarget(made("llama-small-heads"))
+    assert not small.may_branch(small.open())
 
 
 class Doubled(nn.Module):

@@ -8,19 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from accel.axes import Ragged, Target
-from accel.drafters.base import Ask, Draft, Drafter, drafts_at_once, leaves, open_row, target_readers
+from accel.axes import Branching, Ragged, Target
+from accel.drafters.base import Ask, Beside, Draft, Drafter, drafts_at_once, leaves, open_row, target_readers
 from accel.errors import IncompatibleError
-from accel.kernels.verify import accept, draw, longest_prefix, residual, verify
+from accel.kernels.verify import accept, draw, longest_path, longest_prefix, residual, verify
 from accel.methods.plain.decoder import LiveRow, RowDecoder
 from accel.methods.speculative.draft_length import AdaptiveLength, Costs, FixedLength, nearby
 from accel.methods.speculative.options import SpeculativeOptions
 from accel.sampling import checked
 from accel.types import Emission, Request, Stats
+
+# other tokens that a drafter is asked for beside each of its guess's; few are worth their verification
+MOST_BESIDE = 4
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class _Guess:
 
     proposed: Draft
     length: int
+    # verified in the same pass: what else some of these tokens might be
+    beside: Sequence[Beside] = ()
+
+    @property
+    def num_drafted(self) -> int:
+        return self.length + len(self.beside)
 
     @property
     def tokens(self) -> list[int]:
@@ -57,11 +67,15 @@ class _Guess:
 
 @dataclass(frozen=True)
 class _Verdict:
-    """How many drafted tokens a row keeps, the token after them, and the scores behind all of these ``[k, V]``."""
+    """How many drafted tokens a row keeps, the token after them, and the scores behind all of these ``[k, V]``.
+
+    ``path``: the places of what was read that are kept, where they are not simply the first ones.
+    """
 
     num_accepted: int
     next_token: int
     scores: Tensor | None
+    path: Sequence[int] | None = None
 
 
 class SpeculativeDecoder(RowDecoder):
@@ -81,6 +95,7 @@ class SpeculativeDecoder(RowDecoder):
         self.is_mixed = bool(self.paid and self.free)
         # who reads hidden states has the target's own pass run, over rows of one length
         self._ragged = target if isinstance(target, Ragged) and not self.readers else None
+        self._branching = target if isinstance(target, Branching) and not self.readers else None
         self.length = speculator.length
         self.costs = speculator.costs
         stats.method, stats.lossless = "speculative", options.is_lossless
@@ -121,7 +136,10 @@ class SpeculativeDecoder(RowDecoder):
         names = [live.row for live in rows]
         logits, num_read = self._read(rows, names, guesses)
         verdicts = self._verify(rows, guesses, logits)
-        self.target.commit([1 + v.num_accepted for v in verdicts], names)
+        if self._branching is not None and verdicts[0].path is not None:
+            self._branching.commit_path(verdicts[0].path, names[0])
+        else:
+            self.target.commit([1 + v.num_accepted for v in verdicts], names)
         emissions = [self._settle(*each) for each in zip(rows, guesses, verdicts, logits, strict=True)]
         done = time.perf_counter()
         self._account(len(rows), num_read, guesses, drafting=drafted - start, verifying=done - drafted)
@@ -131,6 +149,8 @@ class SpeculativeDecoder(RowDecoder):
         self, rows: Sequence[LiveRow], names: Sequence[int], guesses: Sequence[_Guess]
     ) -> tuple[Sequence[Tensor] | Tensor, int]:
         """The target's logits of each row, ``[n, V]`` with n > its guess, and as how many positions that counts."""
+        if self._branching is not None and guesses[0].beside:
+            return self._read_branches(rows[0], names[0], guesses[0])
         lengths = [1 + guess.length for guess in guesses]
         longest = max(lengths)
         # what stands behind a row's own guess is never looked at
@@ -142,6 +162,29 @@ class SpeculativeDecoder(RowDecoder):
             return self._ragged.forward_ragged(tokens, names, lengths), nearby(sum(lengths), len(rows))
         return self.target.forward(tokens.to(self.target.device), names), len(rows) * n
 
+    def _read_branches(self, live: LiveRow, name: int, guess: _Guess) -> tuple[Tensor, int]:
+        assert self._branching is not None
+        tokens = [live.pending, *guess.tokens, *(each.token for each in guess.beside)]
+        depths = [*range(1 + guess.length), *(each.depth + 1 for each in guess.beside)]
+        return self._branching.forward_branches(torch.tensor(tokens), name, depths)[None], len(tokens)
+
+    def _may_branch(self, rows: Sequence[LiveRow]) -> bool:
+        """Whether tokens beside a guess can be verified with it: of one row, greedily, where scores are of no history.
+
+        Rows of a batch share what a step can read at little cost: there the likeliest tokens of each are worth more.
+        """
+        live = rows[0]
+        return (
+            self._branching is not None
+            and len(rows) == 1
+            and isinstance(self.length, AdaptiveLength)
+            and not live.request.do_sample
+            and self.options.lenience is None
+            and live.sampler.pipeline.rowwise
+            and live.sampler.pipeline.ignores_ids
+            and self._branching.may_branch(live.row)
+        )
+
     def _reads_ragged(self, rows: Sequence[LiveRow]) -> bool:
         """Whether rows are read as far as their own guesses, and not as far as the longest one."""
         return self._ragged is not None and len(rows) > 1
@@ -149,25 +192,28 @@ class SpeculativeDecoder(RowDecoder):
     def _draft(self, rows: Sequence[LiveRow]) -> list[_Guess]:
         """Ask the drafter for the rows that may draft this round, and trim what it says to what is worth verifying."""
         asks = {}
+        beside = MOST_BESIDE if self._may_branch(rows) else 0
         for live in rows:
             allowed = self.length.allowance(live.request.id)
             # a part that costs nothing goes on while the one that loses sits out
             free_only = allowed == 0 and self.is_mixed
             most = min(self.length.longest if free_only else allowed, live.num_left - 1, self._room(live))
             if most > 0:
-                asks[live.request.id] = self._ask(live, most, len(rows), free_only)
+                asks[live.request.id] = self._ask(live, most, len(rows), free_only, beside)
         drafts = dict(zip(asks, self.drafter.propose(list(asks.values())) if asks else [], strict=True))
         guesses = []
         for live in rows:
             draft = drafts.get(live.request.id, Draft())
             sampled = draft.probs is not None
             free, source = self._is_free(draft), self._source(draft)
-            keep = self.length.trim(live.request.id, draft.confidence, len(rows), free, sampled, source)
-            guesses.append(_Guess(draft, _through_stop(draft.tokens[:keep], live.request.stop_tokens)))
+            given = (draft.confidence, len(rows), free, sampled, source, draft.beside)
+            keep, chosen = self.length.choose(live.request.id, *given)
+            ending = _through_stop(draft.tokens[:keep], live.request.stop_tokens)
+            guesses.append(_Guess(draft, ending, [each for each in chosen if each.depth <= ending]))
         return guesses if len(rows) == 1 else self._bounded(rows, guesses)
 
     def _bounded(self, rows: Sequence[LiveRow], guesses: Sequence[_Guess]) -> list[_Guess]:
-        """Guesses no longer than is worth it for the batch. Sampled drafts stay whole (see ``AdaptiveLength.trim``)."""
+        """Guesses as long as is worth it for the batch. Sampled drafts stay whole (see ``AdaptiveLength.choose``)."""
         told = [
             (live.request.id, guess.proposed.confidence[: guess.length], self._source(guess.proposed))
             for live, guess in zip(rows, guesses, strict=True)
@@ -184,7 +230,7 @@ class SpeculativeDecoder(RowDecoder):
     def _is_free(self, draft: Draft) -> bool:
         return self.drafter.free or self._source(draft) in self.free
 
-    def _ask(self, live: LiveRow, most: int, num_rows: int, free_only: bool) -> Ask:
+    def _ask(self, live: LiveRow, most: int, num_rows: int, free_only: bool, beside: int) -> Ask:
         return Ask(
             row=live.request.id,
             max_tokens=most,
@@ -194,6 +240,7 @@ class SpeculativeDecoder(RowDecoder):
             keep_going=lambda confidences: self.length.keep_going(live.request.id, confidences, num_rows, self.paid),
             free_only=free_only,
             passes=self.options.draft_steps,
+            beside=beside,
         )
 
     def _room(self, live: LiveRow) -> int:
@@ -213,8 +260,7 @@ class SpeculativeDecoder(RowDecoder):
             drawn = live.request.do_sample and not has_q and self.options.lenience is None
             greedy = not live.request.do_sample and self.options.lenience is None
             if live.sampler.pipeline.rowwise and greedy and logits[index].device.type == "cpu":
-                scores = _scores(live, guess, logits[index])
-                verdicts[index] = _Verdict(*longest_prefix(scores, guess.tokens), scores)
+                verdicts[index] = _greedy_verdict(live, guess, logits[index])
             elif live.sampler.pipeline.rowwise and not drawn:
                 # of one length where none is padded: what would be copied to pad them is a vocabulary wide
                 length = guess.length if self._reads_ragged(rows) else 0
@@ -288,14 +334,17 @@ class SpeculativeDecoder(RowDecoder):
     def _settle(self, live: LiveRow, guess: _Guess, verdict: _Verdict, logits: Tensor) -> Emission:
         """Make a verdict final: learn from it, count it, emit its tokens."""
         kept = verdict.num_accepted
-        tokens = [*guess.tokens[:kept], verdict.next_token]
+        tokens = [*_kept_tokens(guess, verdict), verdict.next_token]
         matches, labels = _outcome(guess, verdict, tokens)
-        self.length.learn(live.request.id, guess.proposed.confidence, matches, labels, self._source(guess.proposed))
-        self.stats.count(guess.length, kept)
+        source = self._source(guess.proposed)
+        self.length.learn(live.request.id, guess.proposed.confidence, matches, labels, source)
+        if guess.proposed.beside:
+            self.length.learn_beside(live.request.id, guess.proposed.beside, tokens[: matches + 1], source)
+        self.stats.count(guess.num_drafted, kept)
         if live.request.stats is not None:
-            live.request.stats.count(guess.length, kept)
-        scores = None if verdict.scores is None else verdict.scores[: kept + 1]
-        return self.emit(live, tokens, logits[: kept + 1], scores)
+            live.request.stats.count(guess.num_drafted, kept)
+        places: Any = slice(kept + 1) if verdict.path is None else list(verdict.path)
+        return self.emit(live, tokens, logits[places], None if verdict.scores is None else verdict.scores[places])
 
     def _account(self, rows: int, num_read: int, guesses: Sequence[_Guess], drafting: float, verifying: float) -> None:
         self.costs.observe_verify(num_read, verifying)
@@ -318,7 +367,7 @@ class SpeculativeDecoder(RowDecoder):
 def _through_stop(tokens: Sequence[int], stop_tokens: Collection[int]) -> int:
     """How many tokens there are up to the first that would end the row: nothing behind it can be kept.
 
-    The end itself stays: a sampled draft must not lose a token for what it is (see ``AdaptiveLength.trim``).
+    The end itself stays: a sampled draft must not lose a token for what it is (see ``AdaptiveLength.choose``).
     """
     return next((index + 1 for index, token in enumerate(tokens) if token in stop_tokens), len(tokens))
 
@@ -331,6 +380,23 @@ def _scores(live: LiveRow, guess: _Guess, logits: Tensor) -> Tensor:
         return live.sampler.scores_together(logits) if pipeline or live.request.do_sample else logits
     scores = [live.sampler.scores(logits[i], guess.tokens[:i]) for i in range(guess.length + 1)]
     return torch.cat([torch.stack(scores), logits[guess.length + 1 :].float()])
+
+
+def _greedy_verdict(live: LiveRow, guess: _Guess, logits: Tensor) -> _Verdict:
+    """What the target would have said, on the host: logits ``[n, V]`` of one row."""
+    scores = _scores(live, guess, logits)
+    if not guess.beside:
+        return _Verdict(*longest_prefix(scores, guess.tokens), scores)
+    path, token = longest_path(scores, guess.tokens, [(each.depth, each.token) for each in guess.beside])
+    return _Verdict(len(path) - 1, token, scores, path)
+
+
+def _kept_tokens(guess: _Guess, verdict: _Verdict) -> list[int]:
+    """The drafted tokens that a row keeps."""
+    if verdict.path is None:
+        return guess.tokens[: verdict.num_accepted]
+    read = [*guess.tokens, *(each.token for each in guess.beside)]
+    return [read[place - 1] for place in verdict.path[1:]]
 
 
 def _outcome(guess: _Guess, verdict: _Verdict, emitted: Sequence[int]) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from accel.drafters.base import Beside
+
 # acceptance is learned per bin of the drafter's own confidence
 NUM_BINS = 10
 # weight, in observations, of the belief that confidence is already calibrated / that a row is like the other rows
@@ -66,15 +68,19 @@ class Acceptance:
 
     def chance(self, confidence: float) -> float:
         prior = self._parent.chance(confidence) if self._parent else min(max(confidence, 0.02), 0.98)
-        i = _bin(confidence)
+        i = self.bin(confidence)
         return (self._hits[i] + self._weight * prior) / (self._tries[i] + self._weight)
 
     def observe(self, confidence: float, accepted: bool) -> None:
-        i = _bin(confidence)
+        i = self.bin(confidence)
         self._hits[i] = self._hits[i] * self._forget + accepted
         self._tries[i] = self._tries[i] * self._forget + 1.0
         if self._parent:
             self._parent.observe(confidence, accepted)
+
+    @staticmethod
+    def bin(confidence: float) -> int:
+        return _bin(confidence)
 
     def survival(self, confidences: Sequence[float]) -> list[float]:
         """S_1 … S_k for k drafted tokens."""
@@ -83,6 +89,14 @@ class Acceptance:
             alive *= self.chance(confidence)
             survival.append(alive)
         return survival
+
+
+class AcceptanceBeside(Acceptance):
+    """The same for tokens beside the guess, whose confidences are small: bins by their square roots."""
+
+    @staticmethod
+    def bin(confidence: float) -> int:
+        return _bin(math.sqrt(confidence))
 
 
 class Costs:
@@ -220,12 +234,21 @@ class FixedLength:
     def keep_going(self, row: int, confidences: Sequence[float], rows: int, source: str = "") -> bool:
         return True
 
-    def trim(
-        self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False, source: str = ""
-    ) -> int:
-        return len(confidences)
+    def choose(
+        self,
+        row: int,
+        confidences: Sequence[float],
+        rows: int,
+        free: bool,
+        sampled: bool = False,
+        source: str = "",
+        beside: Sequence[Beside] = (),
+    ) -> tuple[int, list[Beside]]:
+        return len(confidences), []
 
     def learn(self, row: int, confidences: Sequence[float], matches: int, labels: int, source: str = "") -> None: ...
+
+    def learn_beside(self, row: int, beside: Sequence[Beside], emitted: Sequence[int], source: str) -> None: ...
 
     def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], ragged: bool) -> list[int]:
         """No bound but the length itself."""
@@ -260,8 +283,9 @@ class AdaptiveLength:
     def __init__(self, longest: int, costs: Costs) -> None:
         self.longest = longest
         self.costs = costs
-        self._shared: dict[str, Acceptance] = {}
-        self._rows: dict[int, dict[str, Acceptance]] = {}
+        # by source and kind
+        self._shared: dict[tuple[str, type], Acceptance] = {}
+        self._rows: dict[int, dict[tuple[str, type], Acceptance]] = {}
         self._trials: dict[int, _Trial] = {}
         # where a new row starts: what the last one that ended had come to
         self._patience = FIRST_PROBE
@@ -296,10 +320,20 @@ class AdaptiveLength:
         done = len(confidences)
         return self._rate(survival, rows, drafted=done + 1) > self._rate(survival[:done], rows, drafted=done)
 
-    def trim(
-        self, row: int, confidences: Sequence[float], rows: int, free: bool, sampled: bool = False, source: str = ""
-    ) -> int:
-        """How many of the drafted tokens to verify: their drafting is paid for, only verification still costs.
+    def choose(
+        self,
+        row: int,
+        confidences: Sequence[float],
+        rows: int,
+        free: bool,
+        sampled: bool = False,
+        source: str = "",
+        beside: Sequence[Beside] = (),
+    ) -> tuple[int, list[Beside]]:
+        """How many of the drafted tokens to verify, and which ones beside them.
+
+        Their drafting is paid for, only verification still costs. A token beside the guess's token i is the one with a
+        chance of its own where the first i tokens survive, and nothing stands behind it.
 
         A ``sampled`` draft is verified whole or, for reasons that lie before it, not at all. Its tokens were drawn
         from q and are accepted as such; leaving out those that look bad would keep a sample that no longer follows q.
@@ -307,19 +341,28 @@ class AdaptiveLength:
         trial = self._trials[row]
         was_fresh, trial.is_fresh = trial.is_fresh, trial.is_fresh and (free or not confidences)
         if self.costs.is_stale(rows):
-            return 0
+            return 0, []
         survival = self._estimate(row, source).survival(confidences)
-        rates = [self._rate(survival[:length], rows, drafted=0) for length in range(len(survival) + 1)]
+        nodes: list[tuple[float, Beside | None]] = [(chance, None) for chance in survival]
+        alive = [1.0, *survival]
+        for each in beside:
+            chance = self._estimate_beside(row, each.source or source).chance(each.confidence)
+            nodes.append((alive[each.depth] * chance, each))
+        # a token is never likelier than the one before it: the best are the guess's first ones, and some beside those
+        nodes.sort(key=lambda node: -node[0])
+        chances = [chance for chance, _ in nodes]
+        rates = [self._rate(chances[:count], rows, drafted=0) for count in range(len(chances) + 1)]
         best = max(range(len(rates)), key=rates.__getitem__)
         kept = best if rates[best] >= LEAST_GAIN * rates[0] else 0
         if sampled:
             kept = len(confidences)
         # a fresh draft is not judged where what drafting costs is only known after the next one
-        if free or not confidences or (was_fresh and not (self.costs.at_once and self.costs.knows_draft)):
-            return kept
-        paused = self._judge(trial, survival[:kept], rows, drafted=len(confidences))
-        # a failed try still verifies a token: without its outcome, the belief that made it fail could never change
-        return max(kept, 1) if paused else kept
+        is_judged = not (free or not confidences or (was_fresh and not (self.costs.at_once and self.costs.knows_draft)))
+        if is_judged and self._judge(trial, chances[:kept], rows, drafted=len(confidences)):
+            # a failed try still verifies a token: without its outcome, the belief that made it fail could never change
+            kept = max(kept, 1)
+        chosen = [each for _, each in nodes[:kept] if each is not None]
+        return kept - len(chosen), chosen
 
     def _judge(self, trial: _Trial, survival: Sequence[float], rows: int, drafted: int) -> bool:
         """Whether recent rounds would have been better without their drafts: then the drafter is paused."""
@@ -342,6 +385,16 @@ class AdaptiveLength:
             estimate.observe(confidences[index], index < matches)
         if matches and self._trials[row].pause:
             self._trials[row].patience = FIRST_PROBE  # the try that was given up came true: ask again soon
+
+    def learn_beside(self, row: int, beside: Sequence[Beside], emitted: Sequence[int], source: str) -> None:
+        """Which of the tokens beside a guess were the ones, where the guess had survived up to there.
+
+        ``emitted``: the row's next tokens as far as the guess before each of them came true, and one more.
+        """
+        for each in beside:
+            if each.depth < len(emitted):
+                estimate = self._estimate_beside(row, each.source or source)
+                estimate.observe(each.confidence, each.token == emitted[each.depth])
 
     def together(self, guesses: Sequence[tuple[int, Sequence[float], str]], ragged: bool) -> list[int]:
         """How many drafted tokens of each row of a batch to verify at most.
@@ -371,11 +424,14 @@ class AdaptiveLength:
         """How many positions of each row to read where n are needed."""
         return self.costs.padded(rows, n)
 
-    def _estimate(self, row: int, source: str) -> Acceptance:
-        of_row = self._rows[row]
-        if source not in of_row:
-            of_row[source] = Acceptance(self._shared.setdefault(source, Acceptance()))
-        return of_row[source]
+    def _estimate(self, row: int, source: str, kind: type[Acceptance] = Acceptance) -> Acceptance:
+        of_row, key = self._rows[row], (source, kind)
+        if key not in of_row:
+            of_row[key] = kind(self._shared.setdefault(key, kind()))
+        return of_row[key]
+
+    def _estimate_beside(self, row: int, source: str) -> Acceptance:
+        return self._estimate(row, source, AcceptanceBeside)
 
     def _rate(self, survival: Sequence[float], rows: int, drafted: int) -> float:
         """Expected tokens per second of a round that verifies ``len(survival)`` tokens after drafting ``drafted``."""

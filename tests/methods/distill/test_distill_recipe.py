@@ -70,6 +70,9 @@ def folder_bytes(folder):
         {"data": "draft", "temperature": 0.0},
         {"data": "target@0,target@1>draft@0.5"},
         {"baseline": True},
+        {"lags": 2},
+        {"lags": 1, "shape": None, "layers": (0,)},
+        {"lags": 2, "copying": 0.5, "shape": "1x64x2x2x64"},
     ],
     ids=str,
 )
@@ -87,6 +90,8 @@ def test_a_draft_is_made_and_drafts(tiny, target, tmp_path, changes):
         found = manifest.measured[kind]
         assert 0 <= found["acceptance"] <= manifest.measured["coverage"] + 0.05 and 0 <= found["top1"] <= 1
         assert set(found["block_efficiency"]) == {"1", "3", "5", "7"}
+    lagged = [name for name in weights if name.endswith("lag_weight")]
+    assert len(lagged) == (recipe.lags > 0) and all(weights[name].abs().sum() > 0 for name in lagged)
     trimmed = recipe.vocabulary < tiny.VOCAB
     assert ("vocabulary.safetensors" in manifest.files) == trimmed == (manifest.measured["coverage"] < 1)
     prompt = tiny.prompts(2) | {"max_new_tokens": 8}
@@ -97,21 +102,58 @@ def test_a_draft_is_made_and_drafts(tiny, target, tmp_path, changes):
     assert "MiB on disk" in said[0] and any(line.startswith("training: step 6 of 6") for line in said)
 
 
+def test_a_draft_is_trained_on(target, tmp_path):
+    first = make(target, tmp_path / "first", dataclasses.replace(SMALL, lags=1, dtype="float32"))
+    # nothing is learned at such a rate: what comes out is what was begun with, and room for one more lag
+    usual = Recipe()
+    still = dataclasses.replace(
+        SMALL, shape=None, vocabulary=usual.vocabulary, lags=2, learning_rate=1e-30, dtype="float32"
+    )
+    second = make(target, tmp_path / "second", still, begun=first)
+    assert second.manifest.made["begun"] == {"sha256": first.manifest.files["model.safetensors"].sha256}
+    assert second.manifest.parameters["config"]["embedding_lags"] == 2
+    assert second.manifest.parameters["unknown"] == first.manifest.parameters["unknown"]
+    before, after = (each.tensors("model.safetensors") for each in (first, second))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        if name.endswith("lag_weight"):
+            assert after[name].shape[0] == 2 and after[name][1].abs().max() < 1e-20
+        torch.testing.assert_close(after[name][: len(weight)], weight)
+    tables = [each.tensors("vocabulary.safetensors")["d2t"] for each in (first, second)]
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"vocabulary": 40}, "vocabulary=40: the draft to begin with has its own"),
+        ({"shape": "1x32"}, "shape='1x32': the draft to begin with has its own"),
+        ({"lags": 0}, "lags=0: draft looks back 1 tokens already, give 1 or more"),
+    ],
+)
+def test_what_a_draft_to_begin_with_has_is_not_asked_for(target, tmp_path, changes, says):
+    first = make(target, tmp_path / "first", dataclasses.replace(SMALL, lags=1))
+    usual = dataclasses.replace(SMALL, shape=None, vocabulary=Recipe().vocabulary, lags=1)
+    with pytest.raises(OptionError, match=says):
+        make(target, tmp_path / "second", dataclasses.replace(usual, **changes), begun=first)
+
+
 class Killed(Exception):
     pass
 
 
 @pytest.mark.parametrize("where", ["held-out-sampled", "target", "training: step 5"])
 def test_a_killed_call_resumes_to_the_same_draft(target, tmp_path, where):
-    whole = make(target, tmp_path / "whole")
+    recipe = dataclasses.replace(SMALL, shape="1x64x2x2x64", lags=2, copying=0.5, max_bytes=20_000_000)
+    whole = make(target, tmp_path / "whole", recipe)
 
     def kill(message):
         if message.startswith(where):
             raise Killed
 
     with pytest.raises(Killed):
-        make(target, tmp_path / "killed", progress=kill)
-    resumed = make(target, tmp_path / "killed")
+        make(target, tmp_path / "killed", recipe, progress=kill)
+    resumed = make(target, tmp_path / "killed", recipe)
     assert resumed.manifest.made["losses"] == whole.manifest.made["losses"]
     assert resumed.manifest.files == whole.manifest.files  # digests of the weights among them
     assert resumed.manifest.measured == whole.manifest.measured
@@ -214,6 +256,9 @@ def test_the_file_s_answers_are_judged_as_they_are(tiny, target, tmp_path):
         ({"k": 0}, "k=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"steps": 0}, "steps=0"),
+        ({"copying": -1.0, "lags": 1}, "copying=-1.0"),
+        ({"copying": 0.5}, "copying=0.5 with lags=0"),
+        ({"lags": 9}, "lags=9: tokens to look back at are a whole number from 0 to 8"),
     ],
 )
 def test_bad_recipes_are_one_line(given, says):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from accel.artifacts import describe_base
+from accel.artifacts import Artifact, describe_base
 from accel.distill.checkpoint import FRAME, training_bytes
 from accel.distill.lessons import predicted_bytes
 from accel.distill.prompts import ANSWERS, Encoded, Prompt, encode, split
@@ -21,6 +21,7 @@ from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError
 from accel.methods.speculative.distill.data import writer
 from accel.methods.speculative.distill.student import Shape, build, truncate
+from accel.methods.speculative.distill.student import begun as student_begun
 from accel.models.softmax_target import SoftmaxTarget
 from accel.request_log import check_tokens
 
@@ -34,11 +35,23 @@ HELD_OUT = {"held-out-greedy": 0.0, "held-out-sampled": 1.0}
 HELD_OUT_K = 512
 
 
-def num_student_parameters(target: PreTrainedModel, shape: Shape | None, layers: Sequence[int], vocabulary: int) -> int:
+def num_student_parameters(
+    target: PreTrainedModel,
+    shape: Shape | None,
+    layers: Sequence[int],
+    vocabulary: int,
+    lags: int = 0,
+    begun: Artifact | None = None,
+) -> int:
     """Of the student that would be built; asked of one with random weights, because families differ."""
+    if begun is not None:
+        return sum(weight.numel() for weight in student_begun(begun, target, lags=lags)[0].parameters())
     size = target.config.get_text_config(decoder=True).vocab_size
     kept = None if vocabulary >= size else VocabularyMap(torch.arange(vocabulary), 0, size)
-    student = truncate(target, layers, kept) if shape is None else build(target, shape, kept, start="random")
+    if shape is None:
+        student = truncate(target, layers, kept, lags=lags)
+    else:
+        student = build(target, shape, kept, start="random", lags=lags)
     return sum(weight.numel() for weight in student.parameters())
 
 
@@ -133,8 +146,12 @@ class Prepared:
         }
 
 
-def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], recipe: Recipe) -> Prepared:
+def prepare(
+    target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], recipe: Recipe, begun: Artifact | None = None
+) -> Prepared:
     """Encode and split the prompts and predict the disk; generates and writes nothing."""
+    if begun is not None:
+        recipe.check_begun()
     limit = SoftmaxTarget(target).max_positions
     if limit is not None and limit < recipe.longest_prompt + recipe.max_new_tokens:
         raise OptionError(
@@ -158,7 +175,9 @@ def prepare(target: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], 
                 f"{', '.join(ANSWERS)} or an assistant's message"
             )
         folders["fixed"] = learned.take(having)
-    parameters = num_student_parameters(target, recipe.student_shape, recipe.layers, recipe.vocabulary)
+    parameters = num_student_parameters(
+        target, recipe.student_shape, recipe.layers, recipe.vocabulary, recipe.lags, begun
+    )
     size = target.config.get_text_config(decoder=True).vocab_size
     ks = {name: min(max(recipe.k, HELD_OUT_K) if name in HELD_OUT else recipe.k, size) for name in folders}
     disk = Disk.predict(

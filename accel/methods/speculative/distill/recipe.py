@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from accel.artifacts import Artifact, Manifest, save
-from accel.distill.batches import Lessons
+from accel.distill.batches import Batch, Lessons
 from accel.distill.begin import begin_run
 from accel.distill.checkpoint import thinned
 from accel.distill.forward import Scorer
@@ -24,12 +24,16 @@ from accel.distill.teacher import Generation, Lesson
 from accel.distill.weights import DTYPES
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import OptionError, unknown_name
+from accel.methods.speculative.artifact import KIND, MODEL, VOCABULARY
+from accel.methods.speculative.distill.copying import Copies, begin_to_copy
 from accel.methods.speculative.distill.data import Mix, Mixture, OnPolicy, Source, Translation, writer
 from accel.methods.speculative.distill.measure import measure
 from accel.methods.speculative.distill.plan import HELD_OUT, Prepared, prepare
 from accel.methods.speculative.distill.student import STARTS, Shape, build, truncate, weights
+from accel.methods.speculative.distill.student import begun as student_begun
 from accel.methods.speculative.distill.train import Training, train
 from accel.methods.speculative.distill.vocabulary import count, coverage, trim
+from accel.models.lagged import check_lags
 
 Progress = Callable[[str], None]
 
@@ -45,6 +49,8 @@ class Recipe:
     layers: tuple[int, ...] = ()
     # "target": embeddings and head begin as the target's; "random"
     start: str = "target"
+    # tokens that its embedding looks back (``accel.models.lagged``)
+    lags: int = 0
     # tokens that the draft can say, the most frequent ones
     vocabulary: int = 8192
     data: str = "target"
@@ -58,6 +64,8 @@ class Recipe:
     rows: int = 32
     loss: str = "lk"
     beta: float = 0.5
+    # what learning to copy counts beside the loss; 0 is not to learn it
+    copying: float = 0.0
     baseline: bool = False
     keep: float = 1.0
     steps: int = 1000
@@ -91,10 +99,22 @@ class Recipe:
                 f"batch_tokens={self.batch_tokens}: must hold one lesson, longest_prompt + max_new_tokens = "
                 f"{self.longest_prompt + self.max_new_tokens}"
             )
+        check_lags(self.lags)
+        if self.copying > 0 and self.lags == 0:
+            raise OptionError(
+                f"copying={self.copying} with lags=0: a draft copies by what stands before, give lags=1 or more"
+            )
         # these check the rest
         Mix.parse(self.data)
         self.generation(self.temperature)
         assert self.training.steps == self.steps
+
+    def check_begun(self) -> None:
+        """Refuse choices that a draft to begin with has made already."""
+        usual = Recipe()
+        for name in ("shape", "layers", "start", "vocabulary"):
+            if getattr(self, name) != getattr(usual, name):
+                raise OptionError(f"{name}={getattr(self, name)!r}: the draft to begin with has its own; leave it out")
 
     @property
     def mix(self) -> Mix:
@@ -102,7 +122,7 @@ class Recipe:
 
     @property
     def training(self) -> Training:
-        names = ("steps", "loss", "beta", "baseline", "keep", "learning_rate", "checkpoint_every", "seed")
+        names = ("steps", "loss", "beta", "copying", "baseline", "keep", "learning_rate", "checkpoint_every", "seed")
         return Training(**{name: getattr(self, name) for name in names})
 
     def generation(self, temperature: float, stop_tokens: Sequence[int] = ()) -> Generation:
@@ -135,24 +155,29 @@ def distill_draft(
     name: str | None = None,
     command: str | None = None,
     prepared: Prepared | None = None,
+    begun: Artifact | None = None,
 ) -> Artifact:
     """Make a draft for ``target``: lessons, vocabulary, student, training, measures, artifact.
 
     ``work`` keeps lessons and checkpoints, so that a run that was killed goes on; it may be deleted afterwards.
     ``name``: what the manifest calls the target; ``command``: how this was called;
     ``prepared``: what ``prepare`` said of the same arguments, to save doing it again.
+    ``begun``: a draft artifact to train on, in place of a student of the recipe's shape, start and vocabulary.
     """
     prepared, base = begin_run(
         [output],
         target,
         tokenizer,
         name,
-        lambda: prepared or prepare(target, tokenizer, prompts, recipe),
+        lambda: prepared or prepare(target, tokenizer, prompts, recipe, begun),
         progress,
     )
     lessons = _lessons(target, recipe, prepared, work, asdict(base), progress)
-    vocabulary = _vocabulary(target, recipe, prepared, lessons)
-    run = _Run(target, recipe, prepared, lessons, vocabulary, work, progress)
+    if begun is None:
+        vocabulary = _vocabulary(target, recipe, prepared, lessons)
+    else:
+        _, vocabulary = student_begun(begun, target, lags=recipe.lags)
+    run = _Run(target, recipe, prepared, lessons, vocabulary, work, progress, begun)
     reference = None
     if recipe.keep < 1:
         # AdaSPEC: a draft distilled on all tokens tells which of them can be learned
@@ -161,7 +186,7 @@ def distill_draft(
     progress("measuring …")
     losses = [row["loss"] for row in rows]
     manifest = Manifest(
-        kind="draft",
+        kind=KIND,
         base=base,
         parameters={"config": student.config.to_diff_dict()}
         | ({} if vocabulary is None else {"unknown": vocabulary.unknown}),
@@ -172,12 +197,13 @@ def distill_draft(
             "losses": thinned(losses),
             "recipe": asdict(recipe),
             "lessons": {folder: len(each) for folder, each in lessons.items()},
-        },
+        }
+        | run.begun_with(),
         measured=run.measured(student) | {"parameters": prepared.parameters},
     )
-    tensors = {"model.safetensors": {key: each.to(recipe.weight_dtype) for key, each in weights(student).items()}}
+    tensors = {MODEL: {key: each.to(recipe.weight_dtype) for key, each in weights(student).items()}}
     if vocabulary is not None:
-        tensors["vocabulary.safetensors"] = {"d2t": vocabulary.d2t}
+        tensors[VOCABULARY] = {"d2t": vocabulary.d2t}
     return save(output, manifest, tensors)
 
 
@@ -222,6 +248,7 @@ class _Run:
     vocabulary: VocabularyMap | None
     work: Path
     progress: Progress
+    begun: Artifact | None = None
 
     def learn(
         self, folder: str, how: Training, reference: PreTrainedModel | None
@@ -229,10 +256,14 @@ class _Run:
         """A student, trained, and its log."""
         recipe, translation = self.recipe, Translation(self.vocabulary)
         shape = recipe.student_shape
-        if shape is None:
-            student = truncate(self.target, recipe.layers, self.vocabulary)
+        if self.begun is not None:
+            student, _ = student_begun(self.begun, self.target, lags=recipe.lags)
+        elif shape is None:
+            student = truncate(self.target, recipe.layers, self.vocabulary, lags=recipe.lags)
         else:
-            student = build(self.target, shape, self.vocabulary, start=recipe.start, seed=recipe.seed)
+            student = build(self.target, shape, self.vocabulary, start=recipe.start, seed=recipe.seed, lags=recipe.lags)
+        if recipe.copying > 0 and not (self.begun and self.begun.manifest.made.get("recipe", {}).get("copying")):
+            begin_to_copy(student, recipe.seed)
         sources: dict[str, Source] = {
             folder: Lessons(each, recipe.batch_tokens, recipe.seed, by_target=folder != "fixed")
             for folder, each in self.lessons.items()
@@ -253,9 +284,20 @@ class _Run:
             self.work / folder,
             made_from=self._made_from(),
             reference=reference,
+            copies=self._copies(translation) if recipe.copying > 0 else None,
             progress=_told(self.progress, folder, recipe.steps),
         )
         return student, rows
+
+    def _copies(self, translation: Translation) -> Callable[[int], Batch]:
+        """What is said twice: pieces of the lessons that are learned from, or of prompts where there are none."""
+        lessons = [lesson for folder, each in self.lessons.items() if folder not in HELD_OUT for lesson in each]
+        texts = [torch.cat([each.prompt, each.answer]).long() for each in lessons]
+        texts = texts or [torch.tensor(prompt) for prompt in self.prepared.kept.prompts if len(prompt) > 1]
+        size = self.target.config.get_text_config(decoder=True).vocab_size
+        can_say = torch.arange(size) if self.vocabulary is None else self.vocabulary.d2t
+        copies = Copies(texts, can_say, self.recipe.seed)
+        return lambda step: translation(copies.batch(step))
 
     def measured(self, student: PreTrainedModel) -> dict[str, Any]:
         """Agreement on the held-out answers, greedy and sampled, and how much of them the draft could say at all."""
@@ -275,10 +317,18 @@ class _Run:
         """What a training that goes on must have in common with the one that was killed."""
         free = ("max_bytes", "dtype", "rows", "checkpoint_every")
         choices = {key: value for key, value in asdict(self.recipe).items() if key not in free}
-        return choices | {
-            "data_digest": self.prepared.digest,
-            "lessons": {folder: len(each) for folder, each in self.lessons.items()},
-        }
+        return (
+            choices
+            | {
+                "data_digest": self.prepared.digest,
+                "lessons": {folder: len(each) for folder, each in self.lessons.items()},
+            }
+            | self.begun_with()
+        )
+
+    def begun_with(self) -> dict[str, Any]:
+        """The weights that the training began with, where they were a draft's."""
+        return {} if self.begun is None else {"begun": {"sha256": self.begun.manifest.files[MODEL].sha256}}
 
 
 def _told(progress: Progress, folder: str, steps: int) -> Callable[[Mapping[str, Any]], None]:

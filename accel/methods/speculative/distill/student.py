@@ -6,6 +6,7 @@ precision: it is about to be trained.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -15,8 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from accel.artifacts import Artifact, check_base
 from accel.drafters.small_lm import VocabularyMap
 from accel.errors import IncompatibleError, OptionError, unknown_name
+from accel.methods.speculative.artifact import load
+from accel.models import lagged
 
 STARTS = ("random", "target")
 # head sizes that a width is divided into, the first that fits
@@ -99,10 +103,12 @@ def build(
     start: str = "target",
     seed: int = 0,
     tied: bool | None = None,
+    lags: int = 0,
 ) -> PreTrainedModel:
     """A model of the target's family and that shape, with embeddings and head from the target (``start="target"``).
 
     Layers start at random, from ``seed``. ``tied`` is whether one matrix reads and says; as in the target by default.
+    ``lags``: how many tokens its embedding looks back (``accel.models.lagged``); that part starts with zeros.
     """
     if start not in STARTS:
         raise OptionError(unknown_name("start", start, STARTS))
@@ -122,19 +128,26 @@ def build(
     }
     if tied is not None:
         sizes["tie_word_embeddings"] = tied
+    if lags:
+        sizes[lagged.CONFIG_KEY] = lags
     student = _blank(target, sizes, [whole[i % len(whole)] for i in range(shape.layers)], vocabulary, seed)
     if start == "target":
         _copy_embeddings(target, student, vocabulary)
     return student
 
 
-def truncate(target: PreTrainedModel, layers: Sequence[int], vocabulary: VocabularyMap | None) -> PreTrainedModel:
-    """A student made of copies of the target's ``layers``, in that order, its final norm, embeddings and head."""
+def truncate(
+    target: PreTrainedModel, layers: Sequence[int], vocabulary: VocabularyMap | None, *, lags: int = 0
+) -> PreTrainedModel:
+    """A student made of copies of the target's ``layers``, in that order, its final norm, embeddings and head.
+
+    ``lags`` is that of ``build``.
+    """
     config = _config_of(target)
     depth = config.num_hidden_layers
     if not layers or not all(0 <= layer < depth for layer in layers):
         raise OptionError(f"layers={list(layers)}: choose one or more of the target's 0 to {depth - 1}")
-    student = _blank(target, {}, layers, vocabulary, seed=0)
+    student = _blank(target, {lagged.CONFIG_KEY: lags} if lags else {}, layers, vocabulary, seed=0)
     theirs, ours = target.get_decoder().state_dict(), student.get_decoder()
     copies = {}
     for name in ours.state_dict():
@@ -146,6 +159,29 @@ def truncate(target: PreTrainedModel, layers: Sequence[int], vocabulary: Vocabul
     ours.load_state_dict(copies, strict=False)
     _copy_embeddings(target, student, vocabulary)
     return student
+
+
+def begun(
+    artifact: Artifact, target: PreTrainedModel, *, lags: int = 0
+) -> tuple[PreTrainedModel, VocabularyMap | None]:
+    """A draft that is there already, to be trained on, and its vocabulary; ``lags`` that it lacks start as zeros."""
+    check_base(artifact, target.config)
+    given, vocabulary = load(artifact, _config_of(target).vocab_size, torch.float32)
+    own = getattr(given.config, lagged.CONFIG_KEY, 0)
+    if lags < own:
+        raise OptionError(f"lags={lags}: {artifact.path.name} looks back {own} tokens already, give {own} or more")
+    if lags == own:
+        return given.to(target.device), vocabulary
+    config = copy.deepcopy(given.config)
+    setattr(config, lagged.CONFIG_KEY, lags)
+    student = lagged.install(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    tensors = {name: tensor for name, tensor in weights(given).items() if not name.endswith(lagged.LAG_WEIGHT)}
+    student.load_state_dict(tensors, strict=False)
+    student.tie_weights()
+    if own:
+        with torch.no_grad():
+            student.get_input_embeddings().lag_weight[:own] = given.get_input_embeddings().lag_weight
+    return student.to(target.device).eval(), vocabulary
 
 
 def weights(student: PreTrainedModel) -> dict[str, Tensor]:
@@ -197,7 +233,7 @@ def _blank(
         given.pop(name, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        student = AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32)
+        student = lagged.install(AutoModelForCausalLM.from_config(AutoConfig.for_model(**given), dtype=torch.float32))
     return student.to(target.device).eval()
 
 

@@ -6,7 +6,7 @@ Knows ids of the draft's vocabulary alone. Does not know texts, where batches co
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class Training:
     loss: str = "lk"
     # of the losses that have one: where jsd stands between its two ends
     beta: float = 0.5
+    # what the next-token loss of texts that are said twice counts beside it
+    copying: float = 0.0
     # next-token loss on the same answers: what an undistilled draft would be
     baseline: bool = False
     # share of the answer tokens that are learned from, chosen with a reference draft; 1 is all of them
@@ -55,6 +57,8 @@ class Training:
         for name in ("learning_rate", "clip", "keep"):
             if not 0 < getattr(self, name) < math.inf:
                 raise OptionError(f"{name}={getattr(self, name)}: must be a positive number")
+        if not 0 <= self.copying < math.inf:
+            raise OptionError(f"copying={self.copying}: must be 0 (nothing to copy) or a positive number")
         for name in ("beta", "keep", "warmup", "floor", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise OptionError(f"{name}={getattr(self, name)}: must be from 0 to 1")
@@ -74,16 +78,20 @@ def train(
     *,
     made_from: Mapping[str, Any] | None = None,
     reference: PreTrainedModel | None = None,
+    copies: Callable[[int], Batch] | None = None,
     progress: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> list[dict[str, Any]]:
     """Train ``student`` in place; one row a step: step, loss, acceptance, learning_rate, norm, tokens, seconds.
 
     ``batches(step)`` gives a batch in draft ids (-1: a token that the draft cannot say). ``folder`` keeps checkpoints
     and the log; a run that was killed goes on there, ``made_from`` being what must not have changed since.
-    ``reference``: a draft for the choice of tokens, needed where ``keep`` < 1.
+    ``reference``: a draft for the choice of tokens, needed where ``keep`` < 1. ``copies(step)``: a batch whose answers
+    are to be copied, needed where ``copying`` > 0; its next-token loss counts that much beside the other.
     """
     if how.keep < 1 and reference is None:
         raise OptionError(f"keep={how.keep}: choosing tokens needs a reference draft")
+    if how.copying > 0 and copies is None:
+        raise OptionError(f"copying={how.copying}: needs batches to copy from")
     optimizer = torch.optim.AdamW(
         _groups(student, how.weight_decay), lr=how.learning_rate, betas=(0.9, 0.95), weight_decay=how.weight_decay
     )
@@ -93,7 +101,17 @@ def train(
     student.train()
     try:
         return descent.run(
-            how, lambda step: _step(scorer, judge, optimizer, batches(step).to(student.device), how, step), progress
+            how,
+            lambda step: _step(
+                scorer,
+                judge,
+                optimizer,
+                batches(step).to(student.device),
+                None if copies is None or how.copying == 0 else copies(step).to(student.device),
+                how,
+                step,
+            ),
+            progress,
         )
     finally:
         student.eval()
@@ -104,6 +122,7 @@ def _step(
     judge: Scorer | None,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
+    copied: Batch | None,
     how: Training,
     step: int,
 ) -> dict[str, Any]:
@@ -127,10 +146,28 @@ def _step(
         if batch.by_target:
             losses = losses + unlisted(logits, teacher, batch.answer)
     mean = losses[kept].sum() / kept.sum().clamp(min=1)
-    row = update(optimizer, scorer.model.parameters(), mean, how, how.rate(step), step)
     with torch.no_grad():
-        agreement = float(acceptance(pairing).mean())
-    return row | {"acceptance": agreement, "tokens": int(kept.sum())}
+        told: dict[str, Any] = {"acceptance": float(acceptance(pairing).mean()), "tokens": int(kept.sum())}
+    summands = _with_copies(mean, scorer, copied, how, step, told)
+    row = update(optimizer, scorer.model.parameters(), summands, how, how.rate(step), step)
+    return row | told
+
+
+def _with_copies(
+    mean: Tensor, scorer: Scorer, copied: Batch | None, how: Training, step: int, told: dict[str, Any]
+) -> Iterator[Tensor]:
+    """The loss of a step and, where it has some, that of its copies; what was copied rightly is put into ``told``."""
+    yield mean
+    if copied is None:
+        return
+    device = copied.tokens.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(how.seed * 1_000_003 + step)
+        with autocast(device):
+            logits = scorer(copied.tokens, copied.at)
+    losses, kept = next_token(logits, copied.answer)
+    told["copied"] = float((logits.argmax(-1) == copied.answer)[kept].float().mean())
+    yield how.copying * losses[kept].sum() / kept.sum().clamp(min=1)
 
 
 def next_token(logits: Tensor, answer: Tensor) -> tuple[Tensor, Tensor]:
