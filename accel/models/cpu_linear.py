@@ -12,8 +12,10 @@ for one row and a poor matrix-matrix shape for a few; both leave memory bandwidt
 ``auto`` measures them on a sample of the model's own shapes and takes, per number of rows, the fastest whose memory
 fits. All four compute the same sums in another order: results differ by rounding only.
 
-A draft model may be rounded, because what it says is verified: ``auto`` then also knows ``int8``, the compiled product
-on weights in 8 bits with one scale an output: a quarter of the bytes to stream, for about half a percent of error.
+A draft model may be rounded, because what it says is verified: where there is a C compiler ``auto`` is then ``int8``,
+the compiled product on weights in 8 bits with one scale an output: a quarter of the bytes to stream, for about half a
+percent of error. It is then taken for any number of rows, unmeasured: a draft that rounds now and then would have what
+is sampled with its help depend on how many rows are read together, or on how busy the machine was when it measured.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class Installed:
 def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> Installed:
     """Route the model's fp32 CPU linear layers through the chosen way; other layers are left alone.
 
-    ``may_round``: the model's results need not be exact, so that ``auto`` may take ``int8``.
+    ``may_round``: the model's results need not be exact, so that ``auto`` takes ``int8`` where it can.
     """
     if way not in WAYS:
         raise OptionError(unknown_name("cpu_linear", way, WAYS))
@@ -79,11 +81,12 @@ def install(model: nn.Module, way: str = "auto", *, may_round: bool = False) -> 
         raise OptionError("cpu_linear='packed' needs a torch built with oneDNN: use 'transposed' or 'auto'")
     if way == "compiled" and made is None:
         raise OptionError("cpu_linear='compiled' needs a C compiler: install one, or use 'transposed' or 'auto'")
-    if way == "auto":
+    if way == "auto" and may_round and made is not None:
+        way_by_rows = dict.fromkeys(MEASURED_ROWS, "int8")
+    elif way == "auto":
         copies = int(MAX_SHARE_OF_FREE_MEMORY * psutil.virtual_memory().available / weights)
         reordered = [*(["compiled"] if made is not None else []), *(["packed"] if can_pack else [])]
         ways = ("linear", "transposed", *reordered[:copies])
-        ways += ("int8",) if may_round and made is not None else ()
         way_by_rows = dict(_fastest(_sample(modules), ways, torch.get_num_threads()))
     else:
         way_by_rows = dict.fromkeys(MEASURED_ROWS, way)

@@ -27,8 +27,10 @@ def draft(kind: type = LlamaForCausalLM, lags: int = 2, hidden: int = 192, **mor
 def share_copied(model: PreTrainedModel, between: int) -> float:
     """Of random tokens that are said again, how many the model says first."""
     generator = torch.Generator().manual_seed(1)
-    piece = torch.randperm(VOCAB, generator=generator)[:60]
-    text = torch.cat([piece, torch.randint(VOCAB, (between,), generator=generator), piece])
+    tokens = torch.randperm(VOCAB, generator=generator)
+    # nothing of the piece stands in between: there would be two answers
+    piece, others = tokens[:60], tokens[60:]
+    text = torch.cat([piece, others[torch.randint(len(others), (between,), generator=generator)], piece])
     said = model(text[None]).logits[0].argmax(-1)
     first = len(piece) + between
     return float((said[first:-1] == piece[1:]).float().mean())
