@@ -100,7 +100,8 @@ CASES = [
 @pytest.mark.parametrize(("kind", "temperature", "length", "acceptance"), CASES)
 def test_a_draft_model(models, kind, temperature, length, acceptance):
     target, drafts = models
-    options = {"drafter": "lm", "draft_length": length, "acceptance": acceptance}
+    # products in 8 bits would make a right draft a little wrong
+    options = {"drafter": "lm", "draft_length": length, "acceptance": acceptance, "cpu_linear": "transposed"}
     out, stats = sample(target, [drafts[kind]], temperature=temperature, **options)
     assert p_value(out, exact(target, {"temperature": temperature, "top_k": 0})) > 1e-4
     assert stats.drafted_tokens > 0
